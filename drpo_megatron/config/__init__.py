@@ -1,0 +1,19 @@
+"""The configuration of a run: schema, loading, cross-checks. No torch, no transformers: commands must start fast."""
+
+from drpo_megatron.config.checks import check_config
+from drpo_megatron.config.load import ConfigError, FieldHelp, dump_config, field_help, load_config, setting_reference
+from drpo_megatron.config.schema import DataConfig, RewardConfig, RunConfig, TrackingConfig
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "FieldHelp",
+    "RewardConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "check_config",
+    "dump_config",
+    "field_help",
+    "load_config",
+    "setting_reference",
+]

@@ -1,0 +1,184 @@
+"""What the settings of a run must satisfy together, and with the files they name. Runs before any process starts."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from drpo_megatron.config.functions import import_function
+from drpo_megatron.config.load import ConfigError
+from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
+from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
+
+if TYPE_CHECKING:
+    from drpo_megatron.models.hf_config import HFModelConfig
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ConfigError with every problem. Reads the model's headers, the tokenizer and all rows of a data file.
+
+    model.path must exist: a recipe is to be made before this.
+    """
+    problems = [
+        *_parallel(config),
+        *_batch(config),
+        *_algorithm(config),
+        *_data(config),
+        *_reward(config),
+        *_server_port(config),
+        *_model(config),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    try:
+        _ = config.layout
+    except ValueError as error:
+        yield f"parallel: {error}"
+    if config.parallel.context > 1:
+        yield (
+            f"parallel.context: {config.parallel.context} is not supported, because packed sequences are not split "
+            "over context-parallel ranks; set it to 1"
+        )
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    prompts, updates, ranks = (
+        config.rollout.prompts_per_step,
+        config.training.updates_per_batch,
+        config.parallel.data,
+    )
+    if config.rollout.samples_per_prompt < 2:
+        yield (
+            "rollout.samples_per_prompt: must be 2 or more, because the advantage compares the samples of one prompt; "
+            "raise it"
+        )
+    if prompts % updates:
+        yield (
+            f"training.updates_per_batch: {updates} does not divide rollout.prompts_per_step = {prompts}; "
+            "change one of them"
+        )
+    sequences = prompts // updates * config.rollout.samples_per_prompt
+    if sequences < ranks:
+        yield (
+            f"parallel.data: {ranks} ranks share the {sequences} sequences of an update "
+            "(prompts_per_step / updates_per_batch × samples_per_prompt), so some would have none; change one of them"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}; lower it"
+
+
+def _algorithm(config: RunConfig) -> Iterator[str]:
+    from drpo_megatron.algorithms.losses import make_loss  # imports torch, which takes seconds
+
+    try:
+        make_loss(config.algorithm.loss, config.algorithm.loss_args)
+    except ValueError as error:
+        yield f"algorithm.loss: {error}"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    from drpo_megatron.data.rows import DataError, open_rows  # pyarrow and reasoning-gym are loaded where they are used
+
+    data = config.data
+    if "{prompt}" not in data.prompt_template:
+        yield "data.prompt_template: does not contain {prompt}, so every prompt would be the same; add it"
+    if data.system_prompt is not None and not data.chat_template:
+        yield "data.system_prompt: needs data.chat_template; put the text into data.prompt_template instead"
+    try:
+        open_rows(data.source)
+    except DataError as error:
+        yield f"data.source: {error}"
+
+
+def _reward(config: RunConfig) -> Iterator[str]:
+    reward, source = config.reward, config.data.source
+    if reward.type == "reasoning_gym" and not isinstance(source, ReasoningGymData):
+        yield f"reward.type: reasoning_gym scores its own problems only, data.source.type is {source.type}; change one"
+    if reward.type == "math_verify" and isinstance(source, FileData) and source.answer_key is None:
+        yield "data.source.answer_key: is null, and math_verify needs a reference answer; name its column"
+    if reward.type == "function" and reward.function is None:
+        yield "reward.function: is required for reward.type = function; set it to module:function"
+    if reward.type != "function" and reward.function is not None:
+        yield f"reward.function: has no effect with reward.type = {reward.type}; remove it or set the type to function"
+    if reward.type == "function" and reward.function is not None:
+        try:
+            import_function(reward.function)
+        except ValueError as error:
+            yield f"reward.function: {error}"
+    if reward.extract is not None:
+        if reward.type != "reasoning_gym":
+            yield f"reward.extract: has no effect with reward.type = {reward.type}; remove it"
+        try:
+            if re.compile(reward.extract).groups < 1:
+                yield f"reward.extract: {reward.extract!r} has no group; put the answer's part in parentheses"
+        except re.error as error:
+            yield f"reward.extract: {reward.extract!r} is not a regular expression ({error}); correct it"
+
+
+def _server_port(config: RunConfig) -> Iterator[str]:
+    server = config.rollout.server
+    if server.port is None:
+        return
+    with socket.socket() as s:
+        # Without this a port that a finished server leaves in TIME_WAIT would count as taken.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((server.host, server.port))
+        except OSError as error:
+            yield f"rollout.server.port: {server.port} cannot be used ({error.strerror}); choose another, or null"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    from drpo_megatron.models.hf_config import HFModelConfig
+
+    path = config.model.path
+    if not path.is_dir():
+        yield f"model.path: {path} is not a directory; point it at a Hugging Face model, or set model.recipe"
+        return
+    try:
+        hf = HFModelConfig.load(path)
+    except (OSError, ValueError) as error:
+        yield f"model.path: {error}"
+        return
+    yield from _model_layout(config, hf)
+    for problem in weight_problems(path):
+        yield f"model.path: {problem}"
+    for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):
+        yield f"model.path: {problem}"
+    prompt, response = config.data.max_prompt_tokens, config.rollout.sampling.max_new_tokens
+    if prompt + response > hf.max_position_embeddings:
+        yield (
+            f"rollout.sampling.max_new_tokens: {response} + data.max_prompt_tokens = {prompt} is above the model's "
+            f"{hf.max_position_embeddings} positions; lower one of them"
+        )
+
+
+def _model_layout(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    from drpo_megatron.models.hf_config import check_layout
+
+    try:
+        layout = config.layout
+    except ValueError:
+        pass  # reported by _parallel
+    else:
+        try:
+            check_layout(hf, layout)
+        except ValueError as error:
+            yield f"parallel: {error}"
+    server = config.rollout.server.tensor_parallel
+    if hf.num_heads % server:
+        yield (
+            f"rollout.server.tensor_parallel: {server} does not divide the {hf.num_heads} attention heads; "
+            f"choose a divisor of {hf.num_heads}"
+        )
+    # SGLang replicates key-value heads when it has more ranks than heads.
+    elif hf.num_kv_heads % server and server % hf.num_kv_heads:
+        yield (
+            f"rollout.server.tensor_parallel: {server} neither divides the {hf.num_kv_heads} key-value heads nor is a "
+            "multiple of them; choose another size"
+        )

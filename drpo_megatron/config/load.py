@@ -1,0 +1,272 @@
+"""From a YAML file and `key=value` overrides to a `RunConfig`, with errors that say which key and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from drpo_megatron.config.schema import RunConfig, Section
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused. `problems` has one line each: `path.to.key: problem; what to do`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the YAML file `path`, put the `a.b=value` overrides over it (values are YAML), and validate.
+
+    Relative paths inside the configuration count from the working directory. Raises ConfigError with every problem.
+    """
+    raw = _read_yaml(Path(path))
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _apply_override(raw, override)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_problem(details) for details in error.errors()]) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML. `load_config` of it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a repeated key, and reads `1e-6` as the float that YAML 1.2 says it is."""
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    first_lines: dict[Hashable, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if key in first_lines:
+            raise ConfigError([f"{key}: given twice, in lines {first_lines[key]} and {line}; remove one of them"])
+        first_lines[key] = line
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror}; give the path of a YAML file, see configs/"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not UTF-8 text; give the path of a YAML file, see configs/"]) from error
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: is not valid YAML ({_one_line(error)}); correct it there"]) from error
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: holds no settings; it must be a mapping of sections, see configs/"])
+    return raw
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError([f"{override}: is not an override; write key=value, for example training.steps=10"])
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{key}: the value {value!r} is not valid YAML ({_one_line(error)}); quote it"]) from error
+    *parents, last = key.split(".")
+    section = raw
+    for depth, parent in enumerate(parents):
+        # An empty section (`tracking:`) is null in YAML.
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            at = ".".join(parents[: depth + 1])
+            raise ConfigError([f"{key}: {at} is the value {section!r}, not a section; correct the key"])
+    section[last] = parsed
+
+
+# --- Problems -----------------------------------------------------------------------------------------------------
+
+
+def _problem(details: ErrorDetails) -> str:
+    """One line for one pydantic error."""
+    keys, section = _resolve(details["loc"])
+    path = ".".join(keys)
+    given, context, kind = details["input"], details.get("ctx", {}), details["type"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key; {_nearest_key(keys[-1], section)}"
+    if kind == "missing":
+        description = section.model_fields[keys[-1]].description if section else None
+        return f"{path}: is required; set it" + (f" ({_decapitalised(description)})" if description else "")
+    if kind == "union_tag_not_found":
+        return f"{path}.type: is required; set it to one of {', '.join(_tags(details['loc']))}"
+    if kind == "union_tag_invalid":
+        return f"{path}.type: {context['tag']!r} is unknown; choose one of {context['expected_tags']}"
+    if kind == "model_type" or kind == "model_attributes_type":
+        return f"{path}: {given!r} is not a section; write its settings as indented key: value lines"
+    if kind == "string_pattern_mismatch":
+        return f"{path}: {given!r} does not match {context['pattern']}; choose another value"
+    requirement = re.sub(r"^Input should be", "must be", details["msg"]).removeprefix("Value error, ")
+    return f"{path}: {_decapitalised(requirement).rstrip('.')}, got {given!r}; correct the value"
+
+
+def _decapitalised(text: str) -> str:
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _resolve(location: Sequence[int | str]) -> tuple[list[str], type[Section] | None]:
+    """The dotted keys of an error's location, and the section that its last key belongs to.
+
+    pydantic puts the tag of a discriminated union into the location; the user never wrote it as a key.
+    """
+    keys: list[str] = []
+    here: Any = RunConfig
+    parent: Any = None
+    for part in location:
+        if isinstance(here, dict):
+            here = here[str(part)]
+            continue
+        keys.append(str(part))
+        parent = here
+        here = _child(here, str(part))
+    return keys, parent if isinstance(parent, type) and issubclass(parent, Section) else None
+
+
+def _child(section: Any, key: str) -> Any:
+    """What stands at `key`: a section, the variants of a discriminated union by tag, or None."""
+    if not (isinstance(section, type) and issubclass(section, Section)) or key not in section.model_fields:
+        return None
+    field = section.model_fields[key]
+    if field.discriminator:
+        return _variants(field)
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _variants(field: FieldInfo) -> dict[str, type[Section]]:
+    return {
+        str(tag): variant
+        for variant in typing.get_args(field.annotation)
+        for tag in typing.get_args(variant.model_fields[str(field.discriminator)].annotation)
+    }
+
+
+def _tags(location: Sequence[int | str]) -> list[str]:
+    keys, section = _resolve(location)
+    return list(_variants(section.model_fields[keys[-1]])) if section else []
+
+
+def _nearest_key(key: str, section: type[Section] | None) -> str:
+    valid = list(section.model_fields) if section else []
+    hints = []
+    nearest = difflib.get_close_matches(key, valid, n=1)
+    if nearest:
+        hints.append(f"did you mean {nearest[0]!r}?")
+    elsewhere = list(dict.fromkeys(f.path for f in field_help() if f.path.rsplit(".", 1)[-1] == key))
+    if elsewhere:
+        hints.append(f"{key!r} is a setting at {' and '.join(elsewhere)}")
+    return "; ".join(hints) if hints else f"valid keys here: {', '.join(valid)}"
+
+
+# --- Reference ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FieldHelp:
+    """One setting. `variant` is the `type` that a setting of a discriminated union belongs to."""
+
+    path: str
+    type: str
+    default: str
+    description: str
+    variant: str | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.path} ({self.variant})" if self.variant else self.path
+
+
+def field_help() -> list[FieldHelp]:
+    """Every setting, in the order of the schema."""
+    return list(_walk(RunConfig, "", None))
+
+
+def setting_reference() -> str:
+    """Every setting with its type, default and meaning, as a Markdown table."""
+    rows = [(f"`{h.key}`", f"`{h.type}`", h.default, h.description) for h in field_help()]
+    cells = [tuple(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows]
+    header = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join(header + [f"| {' | '.join(row)} |" for row in cells])
+
+
+def _walk(section: type[Section], prefix: str, variant: str | None) -> Iterator[FieldHelp]:
+    for key, field in section.model_fields.items():
+        path = f"{prefix}{key}"
+        child = _child(section, key)
+        if isinstance(child, dict):
+            for model in dict.fromkeys(child.values()):
+                tags = " | ".join(tag for tag, m in child.items() if m is model)
+                yield from _walk(model, f"{path}.", tags)
+        elif child is not None:
+            yield from _walk(child, f"{path}.", variant)
+        else:
+            yield FieldHelp(path, _type_name(field.annotation), _default(field), field.description or "", variant)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True) if field.default is PydanticUndefined else field.default
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(_type_name(a) for a in arguments)
+    if annotation is type(None):
+        return "null"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "mapping"
+    if origin in (list, tuple):
+        return f"{'list' if origin is list else 'tuple'} of {', '.join(_type_name(a) for a in arguments)}"
+    return str({"str": "string", "Path": "path"}.get(annotation.__name__, annotation.__name__))

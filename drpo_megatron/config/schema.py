@@ -1,0 +1,260 @@
+"""The configuration of a run, typed. The help text of a setting is the string under it; an unknown key is an error.
+
+Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, sync, tracking.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from drpo_megatron.platform.layout import ParallelLayout
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face directory: config.json, safetensors and tokenizer. The truth about the model."""
+    recipe: str | None = None
+    """How to make `path` when it does not exist: a name from models/recipes.py (tiny_qwen3, smollm2_135m)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter dtype of the trainer and the server. Main weights and log-probs are float32 either way."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward: nothing, the core attention, or whole layers."""
+
+
+class ReasoningGymData(Section):
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    task: str
+    """Name of a reasoning-gym task, for example `basic_arithmetic`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task's own configuration."""
+    size: int = Field(10000, gt=0)
+    """Number of problems that are generated (lazily)."""
+    seed: int = 1
+    """Seed of the problems; evaluation data takes another one."""
+
+
+class FileData(Section):
+    type: Literal["jsonl", "parquet"]
+    """Format of the file."""
+    path: Path
+    """One row a prompt."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages."""
+    answer_key: str | None = "answer"
+    """Column with the reference answer, given to the verifier. null for none."""
+
+
+class FunctionData(Section):
+    type: Literal["function"] = "function"
+    function: str
+    """`module:function`, called as f(index, seed) -> {'prompt', 'answer', 'metadata'}."""
+    size: int = Field(10000, gt=0)
+    """Number of problems."""
+    seed: int = 1
+    """Handed to the function."""
+
+
+class DataConfig(Section):
+    source: ReasoningGymData | FileData | FunctionData = Field(discriminator="type")
+    """Where the prompts come from."""
+    system_prompt: str | None = None
+    """Put in front of every prompt as the system message."""
+    prompt_template: str = "{prompt}"
+    """Text around the prompt; `{prompt}` is replaced."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template. False: the text is tokenized as it is."""
+    max_prompt_tokens: int = Field(1024, gt=0)
+    """A longer prompt is an error before training starts."""
+    shuffle: bool = True
+    """Shuffle the prompts in every epoch, with the run's seed."""
+
+
+class RewardConfig(Section):
+    type: Literal["reasoning_gym", "math_verify", "function"]
+    """The verifier."""
+    function: str | None = None
+    """For type `function`: `module:function`, called as f(text, answer, metadata) -> float."""
+    extract: str | None = None
+    """Regular expression; its last match's first group is what reasoning-gym scores. null: the stripped text."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds for one sample; a later answer is reward 0, counted and logged."""
+    workers: int = Field(1, gt=0)
+    """Processes that verify."""
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the rollout. The training log-prob applies the same one."""
+    max_new_tokens: int = Field(gt=0)
+    """Longest response, in tokens."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a response besides the end-of-sequence token."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token: every response has max_new_tokens."""
+
+
+class ServerConfig(Section):
+    host: Literal["127.0.0.1"] = "127.0.0.1"
+    """Address the server binds to."""
+    port: int | None = Field(None, ge=1, le=65535)
+    """Port of the server. null: a free one."""
+    tensor_parallel: int = Field(1, gt=0)
+    """Tensor-parallel size of the server."""
+    threads: int = Field(1, gt=0)
+    """CPU threads of the server's model process, where it runs on CPU."""
+    devices: list[int] | None = None
+    """CUDA devices of the server. null: the ones behind the trainer's. Without a GPU it has no effect."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """Seconds until the server must answer /health_generate."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts after the server died, over the whole run."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of SGLang by their own names; checked against the installed version."""
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(gt=0)
+    """Prompts (groups) of a step."""
+    samples_per_prompt: int = Field(gt=0)
+    """Samples of each prompt: the group of the advantage."""
+    sampling: SamplingConfig
+    concurrency: int = Field(256, gt=0)
+    """Requests in flight at the same time."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Seconds for one request."""
+    request_retries: int = Field(3, ge=0)
+    """Retries of a request that failed while the server lives."""
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+
+
+class AlgorithmConfig(Section):
+    loss: str = "drpo"
+    """A loss of algorithms/losses.py."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Its parameters, for example {delta: 12.5}. drpo's delta has no default: state it."""
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = "seq_mean_token_sum_norm"
+    """How token losses become one number; denominators are of the global batch."""
+    horizon: int | None = Field(None, gt=0)
+    """Divisor of seq_mean_token_sum_norm. null: rollout.sampling.max_new_tokens."""
+    advantage: Literal["mean", "mean_std", "leave_one_out", "reinforce_pp_baseline"] = "mean"
+    """Advantage inside a group. `mean` (reward − group mean) is the paper's."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, gt=0)
+    """Tensor-parallel size (TP)."""
+    pipeline: int = Field(1, gt=0)
+    """Pipeline-parallel size (PP)."""
+    virtual_pipeline: int | None = Field(None, gt=1)
+    """Model chunks a pipeline stage (interleaved schedule)."""
+    context: int = Field(1, gt=0)
+    """Context-parallel size (CP)."""
+    expert: int = Field(1, gt=0)
+    """Expert-parallel size (EP)."""
+    data: int = Field(1, gt=0)
+    """Data-parallel size (DP). Ranks in all: tensor × pipeline × context × data."""
+    sequence_parallel: bool = False
+    """Megatron's sequence parallelism; needs tensor > 1."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up, in optimizer updates."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    eps: float = Field(1e-08, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this. 0: no clipping."""
+    distributed: bool = True
+    """Shard the optimizer state over data parallel ranks."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(gt=0)
+    """Steps of the main loop: one rollout batch each."""
+    updates_per_batch: int = Field(1, gt=0)
+    """Optimizer updates on each rollout batch, on disjoint parts of its groups."""
+    tokens_per_micro_batch: int = Field(8192, gt=0)
+    """Token budget of a packed micro-batch on one data-parallel rank. A longer sequence is alone."""
+    threads: int = Field(1, gt=0)
+    """CPU threads of a training rank, where it runs on CPU."""
+    max_skipped_updates: int = Field(3, gt=0)
+    """Stop with a report after this many updates in a row with a non-finite gradient norm."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """Limit of a collective; a rank that waits longer ends the job."""
+    export: bool = True
+    """Write the trained model as a Hugging Face directory (`hf/` of the run) at the end."""
+
+
+class SyncConfig(Section):
+    transport: Literal["distributed"] = "distributed"
+    """How weights reach the server: NCCL, gloo without a GPU."""
+    bucket_mb: float = Field(512.0, gt=0)
+    """Size of a flattened bucket, in MiB."""
+    verify_every: int = Field(1, ge=0)
+    """Compare checksums with the server after every Nth sync. 0: after the first only."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Limit of one sync."""
+
+
+class TrackingConfig(Section):
+    directory: Path = Path("runs")
+    """The run lives in directory/name."""
+    wandb: bool = True
+    """Log to wandb; offline when there is no API key."""
+    wandb_project: str = "drpo-megatron"
+    """Project of the wandb run."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run's tb/."""
+    dump_rollouts: bool = True
+    """Write every rollout of a step to rollouts/."""
+    progress: bool = True
+    """Live display in the terminal; one line a step where there is none."""
+
+
+class RunConfig(Section):
+    name: str = Field(pattern="^[A-Za-z0-9._-]+$")
+    """Name of the run and of its directory."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, data order and sampling."""
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig())
+    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    sync: SyncConfig = Field(default_factory=lambda: SyncConfig())
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """Raises ValueError for a combination that Megatron-Core cannot build."""
+        return ParallelLayout(**self.parallel.model_dump())
+
+    @property
+    def run_directory(self) -> Path:
+        return self.tracking.directory / self.name
+
+    @property
+    def horizon(self) -> int:
+        return self.algorithm.horizon or self.rollout.sampling.max_new_tokens

@@ -1,0 +1,220 @@
+"""Builds the policy: Megatron-Core GPTModel chunks from a Hugging Face configuration and a parallel layout.
+
+The last stage returns hidden states, not logits: the projection to the vocabulary belongs to the loss operation.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+
+from drpo_megatron import platform
+from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
+from drpo_megatron.models.rope import inverse_frequencies
+from drpo_megatron.models.specs import SpecBackend, block_spec
+from drpo_megatron.platform.layout import ParallelLayout
+
+# Every GPTModel logs that HybridModel will follow it. The model is built in this module only, so this is where to move.
+logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class HiddenStateOutput(ColumnParallelLinear):
+    """The output layer without its matrix product: it owns the weight and hands the hidden states on.
+
+    It stays a module that is called in the forward, because the distributed optimizer's parameter all-gather waits in
+    the forward hook of the module that owns a parameter.
+    """
+
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, None]:
+        return input_, None
+
+
+def transformer_config(
+    hf: HFModelConfig,
+    layout: ParallelLayout,
+    *,
+    params_dtype: torch.dtype,
+    recompute: Recompute,
+    spec_backend: SpecBackend,
+) -> TransformerConfig:
+    """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
+    fused = spec_backend == "transformer_engine"
+    full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
+    return TransformerConfig(
+        num_layers=hf.num_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.ffn_hidden_size,
+        num_attention_heads=hf.num_heads,
+        num_query_groups=hf.num_kv_heads,
+        kv_channels=hf.head_dim,
+        layernorm_epsilon=hf.rms_norm_eps,
+        qk_layernorm=hf.qk_norm,
+        add_qkv_bias=hf.qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype is torch.bfloat16,
+        recompute_granularity=None if recompute == "none" else recompute,
+        **full,
+        # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
+        calculate_per_token_loss=True,
+        # Packs are padded to one length, so stages need not exchange shapes.
+        variable_seq_lengths=False,
+        # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
+        perform_initialization=False,
+        # These fusions are Transformer Engine, apex or torch.compile kernels.
+        gradient_accumulation_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_model(
+    hf: HFModelConfig,
+    layout: ParallelLayout,
+    *,
+    params_dtype: torch.dtype,
+    recompute: Recompute = "none",
+    spec_backend: SpecBackend,
+) -> list[GPTModel]:
+    """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
+
+    Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
+    "selective" recomputes the core attention, "full" each layer. Raises ValueError when the model does not divide over
+    the layout, or asks for context parallelism with the local specs.
+    """
+    check_layout(hf, layout)
+    config = transformer_config(hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend)
+    virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
+    return [_build_chunk(hf, layout, config, spec_backend, vp_stage) for vp_stage in virtual_stages]
+
+
+def _build_chunk(
+    hf: HFModelConfig,
+    layout: ParallelLayout,
+    config: TransformerConfig,
+    spec_backend: SpecBackend,
+    vp_stage: int | None,
+) -> GPTModel:
+    model = GPTModel(
+        config,
+        block_spec(config, spec_backend, qk_norm=hf.qk_norm, vp_stage=vp_stage),
+        vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor),
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=hf.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf.rope.theta,
+        vp_stage=vp_stage,
+    )
+    model.to(platform.device())
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(platform.device())
+    if model.post_process:
+        if type(model.output_layer) is not ColumnParallelLinear:
+            raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")
+        # Only the forward differs: parameter, its attributes and the tie to the embedding stay as GPTModel made them.
+        model.output_layer.__class__ = HiddenStateOutput
+    return model
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and similar wrappers, or `model` itself."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model
+
+
+def forward_packed(
+    model: torch.nn.Module,
+    tokens_T: torch.Tensor,
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """Run one model chunk, wrapped or not, on packed sequences.
+
+    tokens_T, position_ids_T: int64 [T]. cu_seqlens: int32 [S + 1], from 0 to T, padding counted as a sequence of its
+    own. max_seqlen: at least the longest of them. Rotary positions restart with each sequence of cu_seqlens. Under
+    sequence parallelism T must divide by the tensor-parallel size.
+
+    Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
+    (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])
+    for the next stage. Without sequence parallelism hidden states are equal on all tensor-parallel ranks, and their
+    gradient must be summed over these ranks by the operation that projects them.
+    """
+    if cu_seqlens.numel() > 2 and max_seqlen == tokens_T.numel():
+        # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
+        # Positions would then count through the pack, and the float32 angles lose digits as they grow. One row more
+        # makes it a table by position again.
+        max_seqlen += 1
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+    return model(
+        input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed
+    )
+
+
+def output_weight(model: torch.nn.Module) -> torch.nn.Parameter | None:
+    """This rank's rows of the output projection, [padded vocabulary / tp, H]; None where the chunk is not the last.
+
+    With tied embeddings it is the embedding's own parameter (one stage) or its copy on the last stage. Rows from
+    `vocab_size` on, counted over the ranks, are padding.
+    """
+    gpt = unwrap(model)
+    if not gpt.post_process:
+        return None
+    return (
+        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    )
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, hf: HFModelConfig, hidden_1TH: torch.Tensor) -> torch.Tensor:
+    """Full logits [T, vocab_size] from `forward_packed`'s result on the last stage, on every tensor-parallel rank.
+
+    For tests and evaluation: it gathers the whole vocabulary. Collective over the tensor-parallel group.
+    """
+    gpt = unwrap(model)
+    group = parallel_state.get_tensor_model_parallel_group()
+    hidden_TH = hidden_1TH.squeeze(0)
+    if gpt.config.sequence_parallel:
+        hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=group)
+    local_TV = F.linear(hidden_TH, output_weight(gpt))
+    shards = [torch.empty_like(local_TV) for _ in range(group.size())]
+    dist.all_gather(shards, local_TV.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)[:, : hf.vocab_size]

@@ -1,0 +1,33 @@
+"""Wall-clock seconds of the main loop's verbs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class VerbTimer:
+    """`with timer("train"): ...` adds to that verb's seconds; a verb may be timed several times in a step.
+
+    On a GPU it measures what the host waits for: a verb that only enqueues kernels is charged to the verb that waits.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, verb: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[verb] = self._seconds.get(verb, 0.0) + time.perf_counter() - start
+
+    def reset(self) -> None:
+        """Begin a new step."""
+        self._seconds = {}
+
+    def seconds(self) -> dict[str, float]:
+        """Verb → seconds since the last `reset`, in the order in which the verbs first ran."""
+        return dict(self._seconds)

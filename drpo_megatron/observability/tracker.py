@@ -1,0 +1,133 @@
+"""Writes a run's metrics (`metrics.jsonl`, TensorBoard, wandb) and its rollouts, each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.records import RolloutGroup
+
+# wandb waits for its servers this long at the start and at the end of a run.
+WANDB_TIMEOUT_S = 60.0
+
+
+class Tracker:
+    """Context manager over the run's directory, which is made if it is missing.
+
+    `metrics.jsonl` is appended to and flushed at every step, so that it is complete up to the last step however the run
+    ends. Raises RuntimeError when wandb is to be online and cannot be reached.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        directory = config.run_directory
+        self._rollouts = directory / "rollouts"
+        self._rollouts.mkdir(parents=True, exist_ok=True)
+        # wandb first: it is the one that can fail.
+        self._wandb = _start_wandb(config) if config.tracking.wandb else None
+        self._tensorboard = _tensorboard_writer(directory / "tb") if config.tracking.tensorboard else None
+        self._metrics = (directory / "metrics.jsonl").open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one step. `time` is Unix time in seconds; a value that is not finite is null in metrics.jsonl."""
+        line: dict[str, float | None] = {"step": step, "time": time.time()}
+        line |= {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def dump_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Write `rollouts/step_000012.jsonl`, one rollout a line, unless tracking.dump_rollouts is off."""
+        if not self._config.tracking.dump_rollouts:
+            return
+        path = self._rollouts / f"step_{step:06d}.jsonl"
+        with path.open("w") as file:
+            for group in groups:
+                for rollout in group.rollouts:
+                    file.write(json.dumps(rollout.to_json(), ensure_ascii=False) + "\n")
+
+    def close(self, failed: bool = False) -> None:
+        """Flush and close everything. `failed` marks the wandb run so. May be called twice."""
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
+            self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=error is not None)
+
+
+def _tensorboard_writer(directory: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    return SummaryWriter(log_dir=str(directory))
+
+
+def wandb_is_online() -> bool:
+    """Whether wandb has a key: WANDB_API_KEY, or an entry of its host in the netrc file. WANDB_MODE decides first."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None:
+        return mode in ("online", "shared")
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except FileNotFoundError:
+        return False
+    except netrc.NetrcParseError as error:
+        raise RuntimeError(f"{path} cannot be read ({error}); correct it, or set tracking.wandb=false") from error
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    # Before the import: crash reports would go to a host of wandb's even in offline mode.
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    import wandb
+
+    online = wandb_is_online()
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        init_timeout=WANDB_TIMEOUT_S,
+        finish_timeout=WANDB_TIMEOUT_S,
+        # The system monitor asks a cloud's metadata address where it runs: not when there is to be no traffic.
+        x_disable_stats=not online,
+        x_disable_machine_info=not online,
+    )
+    try:
+        return wandb.init(
+            project=config.tracking.wandb_project,
+            name=config.name,
+            dir=str(config.run_directory),
+            config=config.model_dump(mode="json"),
+            mode="online" if online else "offline",
+            settings=settings,
+        )
+    except wandb.Error as error:
+        raise RuntimeError(
+            f"wandb cannot be started ({error}); set WANDB_MODE=offline or tracking.wandb=false"
+        ) from error

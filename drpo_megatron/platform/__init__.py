@@ -1,0 +1,61 @@
+"""What the machine is. Only this package knows whether there is a GPU; everything else asks here or takes a device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["activate", "backend", "device", "has_cuda", "peak_memory_bytes", "spec_backend"]
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def activate() -> None:
+    """Make Megatron-Core run on this machine. Call it before the first tensor; repeated calls do nothing.
+
+    With a CUDA device it does nothing. Without one it installs the CPU redirect (see `platform.cpu`).
+    Raises RuntimeError when Megatron-Core was imported with Transformer Engine on a machine without CUDA.
+    """
+    if not has_cuda():
+        from drpo_megatron.platform import cpu
+
+        cpu.activate()
+
+
+def device() -> torch.device:
+    """The device of this process: `cuda:LOCAL_RANK`, or `cpu`."""
+    import torch
+
+    if has_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def backend() -> Literal["nccl", "gloo"]:
+    """The torch.distributed backend of the model-parallel groups."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def spec_backend() -> Literal["transformer_engine", "local"]:
+    """Which layer specs to build: Transformer Engine's where it is importable and there is a CUDA device, else ours."""
+    if has_cuda() and importlib.util.find_spec("transformer_engine") is not None:
+        return "transformer_engine"
+    return "local"
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use of this process so far, bytes: allocated device memory, or resident memory on CPU."""
+    import torch
+
+    if has_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

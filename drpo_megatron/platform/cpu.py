@@ -1,0 +1,197 @@
+"""The CUDA→CPU redirect: lets Megatron-Core, which names `cuda` throughout, run on CPU tensors and gloo.
+
+Every patch changes what a CUDA call means in this process, and is made only when no CUDA device exists. Functions are
+wrapped where torch defines them, so code that was imported earlier and other threads see the redirect too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+_CPU = torch.device("cpu")
+
+# Tensor factories with a `device` and often a `pin_memory` argument.
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+_TENSOR_FACTORIES = ["new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
+
+# Megatron-Core takes the fused optimizers and multi-tensor kernels of these packages wherever they can be imported,
+# and they abort without a CUDA driver.
+_CUDA_ONLY_PACKAGES = ("transformer_engine", "apex", "amp_C")
+
+_active = False
+
+
+def activate() -> None:
+    """Install the redirect once. See `drpo_megatron.platform.activate`."""
+    global _active
+    if _active:
+        return
+    _hide_cuda_only_packages()
+    _redirect_tensors()
+    _redirect_cuda_module()
+    _redirect_megatron()
+    _active = True
+
+
+def _hide_cuda_only_packages() -> None:
+    taken = [name for name in _CUDA_ONLY_PACKAGES if sys.modules.get(name) is not None]
+    if taken and "megatron.core" in sys.modules:
+        raise RuntimeError(
+            f"Megatron-Core was imported together with {', '.join(taken)}, which need a CUDA device: "
+            "call drpo_megatron.platform.activate() before importing megatron.core, or uninstall them on this machine"
+        )
+    for name in _CUDA_ONLY_PACKAGES:
+        # None makes `import name` raise ModuleNotFoundError, which Megatron-Core answers with its torch code.
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+def _is_cuda(target: Any) -> bool:
+    return (isinstance(target, str) and target.startswith("cuda")) or (
+        isinstance(target, torch.device) and target.type == "cuda"
+    )
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with CUDA devices, given by keyword or position, replaced by the CPU; pinned memory needs CUDA too."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*(_CPU if _is_cuda(a) else a for a in args), **kwargs)
+
+    return call
+
+
+def _redirect_tensors() -> None:
+    # torch caches the set of factories that `with torch.device(...)` acts on at its first use. It must hold the
+    # originals, which the wrappers call, or transformers' construction on the meta device would stop working.
+    torch.utils._device._device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)
+    torch.nn.Module.to = _on_cpu(torch.nn.Module.to)
+    # Moving to the GPU is the identity: the tensor is already on the only device.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+
+    original_type = torch.Tensor.type
+
+    @functools.wraps(original_type)
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The mixed-precision optimizers sort parameters by comparing this name with 'torch.cuda.FloatTensor'.
+        answer = original_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = tensor_type
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event. CPU work is done when the call returns, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event if event is not None else _NoStream()
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        raise RuntimeError("CUDA events measure nothing on CPU: time with time.perf_counter()")
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+
+def _redirect_cuda_module() -> None:
+    cuda = torch.cuda
+    stream = _NoStream()
+    # Megatron-Core allocates with `device=torch.cuda.current_device()`.
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda *args, **kwargs: None
+    # Overlap of communication and computation is written with streams and events.
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    # The model-parallel RNG tracker saves and restores the CUDA generator; here that is torch's CPU generator.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Profiler ranges need the CUDA driver.
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = lambda *args, **kwargs: None
+
+
+def _redirect_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # These reach into CUDA's C++ generators, past torch.cuda.
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The original converts to numpy only what it had to move off a GPU; the dispatcher expects numpy.
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -1,0 +1,29 @@
+"""Child processes that cannot outlive the run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: the kernel sends SIGTERM to this process when the thread that started it ends (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def stop_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """End a process started with `start_new_session=True` and all of its group: SIGTERM, then SIGKILL after
+    `timeout_s`.
+    """
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the SIGKILL below ends what is left
+            process.wait(timeout=timeout_s)
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

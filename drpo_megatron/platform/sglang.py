@@ -1,0 +1,80 @@
+"""How this machine starts an SGLang server: the command, its environment and the arguments the machine calls for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from drpo_megatron import platform
+
+_CPU_ARGS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+    "disable_overlap_schedule": True,  # there is no device to schedule ahead for
+    "sleep_on_idle": True,  # the trainer needs the cores between rollouts
+    "skip_server_warmup": True,
+    "max_total_tokens": 32768,  # the default claims a share of the machine's memory for the KV cache
+    "max_running_requests": 256,
+    "log_level_http": "warning",
+}
+_TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec only the call itself is safe
+
+
+def sglang_default_args() -> dict[str, Any]:
+    """SGLang arguments, by their own names, that this machine calls for. The user's take precedence."""
+    return {} if platform.has_cuda() else dict(_CPU_ARGS)
+
+
+def sglang_launch_command(
+    args: Sequence[str], *, tensor_parallel: int, threads: int, devices: Sequence[int] | None
+) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a server with the command line `args`.
+
+    With CUDA it is SGLang's own launcher on `devices`, by default the `tensor_parallel` devices behind those of this
+    node's training ranks. Without, it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel rank.
+    """
+    # a rendezvous in the server must not take part in the trainer's
+    env = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES and not k.startswith("TORCHELASTIC_")}
+    if platform.has_cuda():
+        if devices is None:
+            first = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+            devices = range(first, first + tensor_parallel)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[d] if names else str(d) for d in devices)
+        return [sys.executable, "-m", "sglang.launch_server", *args], env
+    env["OMP_NUM_THREADS"] = str(threads)
+    env["SGLANG_USE_CPU_ENGINE"] = "1"
+    if tensor_parallel > 1:
+        # without it SGLang wants a NUMA node a rank
+        cores = sorted(os.sched_getaffinity(0))
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[r % len(cores)]) for r in range(tensor_parallel))
+    return [sys.executable, "-m", "drpo_megatron.platform.sglang_cpu", *args], env
+
+
+def kill_with_parent() -> None:
+    """For `preexec_fn`: the kernel kills this process when the thread that started it ends (Linux).
+
+    SIGKILL, because on SIGTERM SGLang first finishes its requests. Its workers have the same bond with it.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,94 @@
+"""SGLang's HTTP server on a machine without CUDA: `python -m drpo_megatron.platform.sglang_cpu <sglang arguments>`.
+
+The server, its scheduler and its model code are SGLang's own. This module stands in for what the CUDA build expects of
+the machine, and starts the scheduler and the detokenizer as forks of the server: they then share its imports, in memory
+and in time, where spawned processes import everything again (forking is not possible once CUDA is in use).
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+class _KernelStandIn(ModuleType):
+    """Takes the place of `sgl_kernel`, whose CUDA libraries do not load here. Calling a function of it raises."""
+
+    __version__ = "0.0.0"
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(f"sgl_kernel.{name} is a CUDA kernel and this server runs on CPU")
+
+        return refuse
+
+
+class _NoCudart:
+    """`torch.cuda.cudart()` without a CUDA runtime: SGLang registers host buffers with it unconditionally."""
+
+    class cudaError:
+        success = 0
+
+    @staticmethod
+    def cudaHostRegister(*args: Any) -> int:
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(*args: Any) -> int:
+        return 0
+
+    @staticmethod
+    def cudaGetErrorString(error: Any) -> str:
+        return str(error)
+
+
+def install_stand_ins() -> None:
+    """Make SGLang importable and its scheduler work without a CUDA device. Raises RuntimeError where one exists."""
+    import torch
+
+    if torch.cuda.is_available():
+        raise RuntimeError("this machine has a CUDA device: start the server with `python -m sglang.launch_server`")
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang chooses its platform while it is imported
+    kernel = _KernelStandIn("sgl_kernel")
+    kernel.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", loader=None)
+    sys.modules["sgl_kernel"] = kernel
+    torch.cuda.cudart = lambda: _NoCudart
+    # /release_memory_occupation synchronizes the accelerator the wheel was built for, present or not
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def fork_workers() -> None:
+    """Import what SGLang's workers import, then make it fork them instead of spawning them."""
+    import multiprocessing
+
+    import sglang.srt.managers.detokenizer_manager
+    import sglang.srt.managers.scheduler
+    import sglang.srt.models.registry  # noqa: F401
+
+    set_start_method = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force=True)
+
+
+def main() -> None:
+    install_stand_ins()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    arguments = prepare_server_args(sys.argv[1:])
+    fork_workers()
+    try:
+        run_server(arguments)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

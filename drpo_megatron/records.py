@@ -1,0 +1,109 @@
+"""The records that flow through a step: `Prompt → Rollout → RolloutGroup → TrainBatch`.
+
+They hold plain data only. `Prompt` and `Rollout` are what is dumped to `runs/NAME/rollouts/` (`to_json`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task for the policy.
+
+    id: unique in its data source and stable between runs. token_ids: the prompt after the chat template.
+    text: the same, readable. answer and metadata: what the verifier needs.
+    """
+
+    id: str
+    token_ids: list[int]
+    text: str
+    answer: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """One sampled response.
+
+    response_ids: the sampled tokens. logmu: the rollout engine's natural log-probability of each of them at the
+    sampling temperature. weight_versions: the version of the weights that sampled each of them. All three have equal
+    length. response_mask: 1 for tokens the policy sampled, 0 for tokens put in by a tool. finish_reason: `stop`,
+    `length`, `abort`.
+    """
+
+    prompt: Prompt
+    response_ids: list[int]
+    logmu: list[float]
+    weight_versions: list[int]
+    finish_reason: str
+    response_mask: list[int] = field(default_factory=list)
+    text: str = ""
+    reward: float = 0.0
+    reward_error: str | None = None
+    advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.response_mask = self.response_mask or [1] * len(self.response_ids)
+        lengths = {len(self.response_ids), len(self.logmu), len(self.weight_versions), len(self.response_mask)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"rollout of {self.prompt.id}: tokens, log μ, versions and mask differ in length: {lengths}"
+            )
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class RolloutGroup:
+    """The samples of one prompt. Advantages are computed inside a group."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [r.reward for r in self.rollouts]
+
+
+@dataclass
+class TrainBatch:
+    """One micro-batch of packed sequences, on one device. T is the padded number of packed tokens, S the number of
+    sequences.
+
+    tokens_T (int64) and position_ids_T (int64, restart at 0 in each sequence) are the model's inputs; `cu_seqlens`
+    (int32, [S+1] or [S+2] when the tail is padding) bounds the sequences. labels_T is the token that position t
+    predicts. logmu_T, advantages_T (float32) belong to labels_T. mask_T (bool) is true where labels_T was sampled by
+    the policy. weights_T (float32) carries the aggregation with its global denominator, so that `loss = Σ_t
+    weights_T·L_T` over all micro-batches and data-parallel ranks. sequence_ids_T (int64) numbers the sequences of this
+    micro-batch from 0.
+    """
+
+    tokens_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    labels_T: torch.Tensor
+    logmu_T: torch.Tensor
+    advantages_T: torch.Tensor
+    mask_T: torch.Tensor
+    weights_T: torch.Tensor
+    sequence_ids_T: torch.Tensor
+    staleness_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    num_sequences: int
+
+    def to(self, device: torch.device) -> TrainBatch:
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return TrainBatch(**moved)
+
+
+Metrics = dict[str, float]

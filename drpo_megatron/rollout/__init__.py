@@ -1,0 +1,1 @@
+"""Rollouts from SGLang: the process (`server`), control requests (`admin`), generation (`client`, `driver`)."""

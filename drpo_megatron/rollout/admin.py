@@ -1,0 +1,109 @@
+"""SGLang's control requests: pause, flush, weight updates, checksums. Blocking, each with a time-out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import requests
+
+from drpo_megatron.rollout.errors import ServerDied, ServerRequestError
+
+
+class ServerAdmin:
+    """Sends control requests to the server at `url`. Safe to use from several threads.
+
+    Every method takes its limit in seconds. Raises ServerDied when there is no connection or it breaks,
+    ServerRequestError with the server's message when the answer is not a success or does not come in time.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def pause_generation(self, mode: Literal["abort", "retract", "in_place"], timeout_s: float) -> None:
+        """Stop generating. `retract`: running requests wait and go on, with recomputed KV, after the pause."""
+        self._call("POST", "/pause_generation", {"mode": mode}, timeout_s)
+
+    def continue_generation(self, timeout_s: float) -> None:
+        self._call("POST", "/continue_generation", {}, timeout_s)
+
+    def flush_cache(self, timeout_s: float) -> None:
+        """Drop the prefix cache, which the present weights computed. Fails while requests run."""
+        self._call("POST", "/flush_cache", None, timeout_s)
+
+    def begin_weight_update(self, timeout_s: float) -> None:
+        self._call("POST", "/begin_weight_update", {"selector": "all"}, timeout_s)
+
+    def end_weight_update(self, timeout_s: float) -> None:
+        self._call("POST", "/end_weight_update", {}, timeout_s)
+
+    def init_weights_update_group(
+        self, *, address: str, port: int, world_size: int, group_name: str, backend: str, timeout_s: float
+    ) -> None:
+        """Let the tensor-parallel ranks of the server join a process group as ranks 1, 2, …"""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._call("POST", "/init_weights_update_group", body, timeout_s)
+
+    def destroy_weights_update_group(self, group_name: str, timeout_s: float) -> None:
+        self._call("POST", "/destroy_weights_update_group", {"group_name": group_name}, timeout_s)
+
+    def update_weights_from_distributed(
+        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str, timeout_s: float
+    ) -> None:
+        """Receive one flattened bucket by broadcast from rank 0 of the group and load it."""
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        self._call("POST", "/update_weights_from_distributed", body, timeout_s)
+
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
+        """Stamp tokens sampled from now on with `version`."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        self._call("POST", "/update_weight_version", body, timeout_s)
+
+    def weight_checksums(self, timeout_s: float) -> list[dict[str, str]]:
+        """Parameter name → checksum, for each tensor-parallel rank in order, in the server's fused, sharded layout."""
+        ranks = self._call("POST", "/weights_checker", {"action": "checksum"}, timeout_s).get("ranks")
+        if not ranks:
+            raise ServerRequestError("/weights_checker returned no checksums")
+        return [r["checksums"] for r in sorted(ranks, key=lambda r: r["parallelism_info"][0]["tp_rank"])]
+
+    def model_info(self, timeout_s: float) -> dict[str, Any]:
+        """`weight_version`, `model_path` and more."""
+        return self._call("GET", "/model_info", None, timeout_s)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        try:
+            response = requests.request(method, self.url + path, json=body, timeout=max(timeout_s, 0.001))
+        except requests.Timeout as error:
+            raise ServerRequestError(f"{path} did not answer within {timeout_s:.0f} s") from error
+        except requests.ConnectionError as error:
+            raise ServerDied(f"no connection to the rollout server for {path}: {error}") from error
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError:
+            answer = response.text
+        if response.status_code != 200:
+            raise ServerRequestError(f"{path} failed with status {response.status_code}: {_message(answer)}")
+        if isinstance(answer, dict):
+            if answer.get("success") is False:
+                raise ServerRequestError(f"{path} failed: {_message(answer)}")
+            return answer
+        return {"message": answer}
+
+
+def _message(answer: Any) -> str:
+    if isinstance(answer, dict):
+        return str(answer.get("message") or answer.get("error") or answer.get("detail") or answer)
+    return str(answer)

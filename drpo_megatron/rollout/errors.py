@@ -1,0 +1,27 @@
+"""What can go wrong with a rollout server, by what the caller can do about it."""
+
+from __future__ import annotations
+
+
+class ServerError(RuntimeError):
+    """A rollout server did not do what was asked."""
+
+
+class ServerStartError(ServerError):
+    """The server cannot start, or ended before it answered. Starting it again with the same settings does not help."""
+
+
+class ServerDied(ServerError):
+    """The server was running and is gone: restart it, push the weights, go on."""
+
+
+class ServerGaveUp(ServerError):
+    """The server died more often than `rollout.server.max_restarts` allows."""
+
+
+class ServerRequestError(ServerError):
+    """A living server refused a request, or did not answer it in time."""
+
+
+class GenerationError(ServerError):
+    """A rollout request failed for good although the server lives."""

@@ -1,0 +1,1 @@
+"""Weights from the trainer to the server: `buckets` (wire format), `distributed` (transport), `verify` (checksums)."""

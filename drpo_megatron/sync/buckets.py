@@ -1,0 +1,69 @@
+"""Flattened buckets: many tensors as one byte tensor, in SGLang's `load_format: flattened_bucket`.
+
+The receiver (SGLang's FlattenedTensorBucket) cuts the bytes by names, dtypes and shapes in order and views each piece
+in its dtype, so every offset must be a multiple of the element size. A bucket holds one dtype, which makes it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Bucket:
+    """Tensors of one dtype that travel together."""
+
+    names: list[str] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Dtype of each tensor by its torch name without the prefix, for example `bfloat16`."""
+        return [str(t.dtype).removeprefix("torch.") for t in self.tensors]
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        return [list(t.shape) for t in self.tensors]
+
+    def flatten(self, device: torch.device) -> torch.Tensor:
+        """The bytes of all tensors in order, uint8 [nbytes] on `device`: a copy, free of the tensors it came from."""
+        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        offset = 0
+        for tensor in self.tensors:
+            flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            offset += tensor.nbytes
+        return flat
+
+
+def make_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[Bucket]:
+    """Group a stream of tensors, in its order, into buckets of one dtype and at most `max_bytes` each.
+
+    A tensor larger than that is a bucket of its own. A change of dtype starts a new bucket. Holds one bucket at a time.
+    Raises ValueError for `max_bytes` < 1, for a tensor without elements and for a name that comes twice.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"a bucket holds at least one byte, not {max_bytes}: raise sync.bucket_mb")
+    seen: set[str] = set()
+    bucket = Bucket()
+    size = 0
+    for name, tensor in named_tensors:
+        if name in seen:
+            raise ValueError(f"tensor {name} comes twice in one weight update")
+        if tensor.numel() == 0:
+            raise ValueError(f"tensor {name} of shape {list(tensor.shape)} has no elements")
+        seen.add(name)
+        if bucket.tensors and (size + tensor.nbytes > max_bytes or tensor.dtype != bucket.tensors[0].dtype):
+            yield bucket
+            bucket, size = Bucket(), 0
+        bucket.names.append(name)
+        bucket.tensors.append(tensor.detach())
+        size += tensor.nbytes
+    if bucket.tensors:
+        yield bucket

@@ -1,0 +1,202 @@
+"""Checksums that prove the server holds what the trainer sent.
+
+SGLang's `/weights_checker` hashes each parameter of each tensor-parallel rank in its own layout: q, k and v fused, gate
+and up fused, experts stacked, the vocabulary padded. `ExpectedChecksums` builds the same parameters from the stream of
+Hugging Face tensors, one at a time, and hashes them the same way. Equality is bitwise: one changed element shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drpo_megatron.rollout.errors import ServerError
+
+_VOCAB_PADDING = 64  # sglang.srt.layers.vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
+_FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)} | {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+_FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
+_PROJECTION = re.compile(r"^(?P<prefix>.+\.)(?P<projection>\w+_proj)\.(?P<kind>weight|bias)$")
+_EXPERT = re.compile(r"^(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight$")
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+class SyncMismatch(ServerError):
+    """The server's weights are not the trainer's. `names`: the Hugging Face tensors that differ or are missing."""
+
+    def __init__(self, names: Sequence[str], detail: str) -> None:
+        self.names = list(names)
+        listed = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
+        super().__init__(f"the rollout server's weights are not the trainer's after a sync: {detail}: {listed}")
+
+
+@dataclass(frozen=True)
+class ServerLayout:
+    """What decides how the server lays out a model: tensor-parallel size, dtype, counts of heads and experts."""
+
+    tensor_parallel: int
+    dtype: torch.dtype
+    num_key_value_heads: int
+    num_experts: int = 0
+
+    @classmethod
+    def from_config(cls, model_path: Path, tensor_parallel: int, dtype: torch.dtype) -> ServerLayout:
+        """Read the counts from `config.json` of a Hugging Face directory."""
+        config = json.loads((model_path / "config.json").read_text())
+        experts = (config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        return cls(
+            tensor_parallel,
+            dtype,
+            config.get("num_key_value_heads") or config["num_attention_heads"],
+            next((count for count in experts if count), 0),
+        )
+
+
+class ExpectedChecksums:
+    """Collects the checksums that the server must report, from Hugging Face tensors in any order.
+
+    `add` keeps a tensor (not a copy: it must not change) until the server parameter it belongs to is complete; in the
+    order of a checkpoint that is at most one fused projection, or the experts of one layer.
+    """
+
+    def __init__(self, layout: ServerLayout, device: torch.device) -> None:
+        self._layout = layout
+        self._device = device
+        self._parts: dict[str, dict[int, tuple[str, torch.Tensor]]] = {}
+        self._sources: dict[str, list[str]] = {}
+        self._checksums: list[dict[str, str]] = [{} for _ in range(layout.tensor_parallel)]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take the full Hugging Face tensor `name`. Raises ValueError when the server's ranks cannot divide it."""
+        tensor = tensor.detach().to(self._device, self._layout.dtype)
+        parameter, position, count = self._place(name)
+        parts = self._parts.setdefault(parameter, {})
+        parts[position] = (name, tensor)
+        if len(parts) < count:
+            return
+        del self._parts[parameter]
+        ordered = [parts[i] for i in range(count)]
+        self._sources[parameter] = [source for source, _ in ordered]
+        for rank, checksums in enumerate(self._checksums):
+            shards = [self._shard(source, whole, rank) for source, whole in ordered]
+            checksums[parameter] = tensor_checksum(shards[0] if count == 1 else torch.cat(shards))
+
+    def verify(self, reported: Sequence[dict[str, str]]) -> int:
+        """Compare with what the server reports, one mapping a rank; return the number of compared parameters a rank.
+
+        Raises SyncMismatch with the Hugging Face names of everything that differs, was not sent, or has no counterpart.
+        """
+        if self._parts:
+            sent = [name for parts in self._parts.values() for name, _ in parts.values()]
+            raise SyncMismatch(sent, "only a part of a fused parameter was sent")
+        if len(reported) != self._layout.tensor_parallel:
+            raise SyncMismatch([], f"{len(reported)} ranks reported and {self._layout.tensor_parallel} were expected")
+        expected = [self._tied(mine, theirs) for mine, theirs in zip(self._checksums, reported, strict=True)]
+        for mine, theirs in zip(expected, reported, strict=True):
+            if missing := sorted(theirs.keys() - mine.keys()):
+                raise SyncMismatch(missing, "the server has parameters that were not sent, or by another name")
+            if unknown := self._names(mine.keys() - theirs.keys()):
+                raise SyncMismatch(unknown, "the server has no such parameters")
+        differing = {p for mine, theirs in zip(expected, reported, strict=True) for p in mine if mine[p] != theirs[p]}
+        if differing:
+            raise SyncMismatch(self._names(differing), "values differ")
+        return len(expected[0])
+
+    def _place(self, name: str) -> tuple[str, int, int]:
+        """Server parameter of a Hugging Face tensor, the tensor's position in it, and how many tensors make it up."""
+        if match := _EXPERT.match(name):
+            expert, projection = int(match["expert"]), match["projection"]
+            if projection == "down":
+                return f"{match['prefix']}.w2_weight", expert, self._layout.num_experts
+            position = 2 * expert + (projection == "up")
+            return f"{match['prefix']}.w13_weight", position, 2 * self._layout.num_experts
+        if (match := _PROJECTION.match(name)) and match["projection"] in _FUSED:
+            fused, position = _FUSED[match["projection"]]
+            return f"{match['prefix']}{fused}.{match['kind']}", position, _FUSED_PARTS[fused]
+        return name, 0, 1
+
+    def _shard(self, name: str, whole: torch.Tensor, rank: int) -> torch.Tensor:
+        """The part of a Hugging Face tensor that `rank` of the server holds."""
+        ranks = self._layout.tensor_parallel
+        if name in (_EMBEDDING, _HEAD):
+            return _vocabulary_shard(whole, rank, ranks)
+        match = _PROJECTION.match(name)
+        if match is None or ranks == 1:
+            return whole
+        projection, kind = match["projection"], match["kind"]
+        if projection in ("k_proj", "v_proj") and (heads := self._layout.num_key_value_heads) < ranks:
+            return _even_shard(name, whole, 0, rank * heads // ranks, heads)
+        if projection in _FUSED:
+            return _even_shard(name, whole, 0, rank, ranks)
+        if projection in ("o_proj", "down_proj"):
+            return _even_shard(name, whole, 1, rank, ranks) if kind == "weight" else whole
+        return whole
+
+    @staticmethod
+    def _tied(mine: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
+        """With tied embeddings the output projection may be sent or not, and the server may list it or not."""
+        head = mine.get(_HEAD, mine.get(_EMBEDDING))
+        if _HEAD in theirs and head is not None:
+            return mine | {_HEAD: head}
+        if _HEAD in mine and mine[_HEAD] == mine.get(_EMBEDDING):
+            return {name: checksum for name, checksum in mine.items() if name != _HEAD}
+        return mine
+
+    def _names(self, parameters: set[str]) -> list[str]:
+        return sorted(name for p in parameters for name in self._sources.get(p, [p]))
+
+
+def tensor_checksum(tensor: torch.Tensor) -> str:
+    """SGLang's 64-bit hash of a tensor's bytes, in hexadecimal (`sglang.srt.managers.mm_utils.tensor_hash`).
+
+    The first 8 bytes of SHA-256 for a tensor in host memory; SGLang's own Triton hash for one on a CUDA device.
+    """
+    if tensor.is_cuda:
+        return f"{_cuda_tensor_hash()(tensor):016x}"
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(data.numpy())).digest()[:8].hex()
+
+
+@functools.cache
+def _cuda_tensor_hash() -> Callable[[torch.Tensor], int]:
+    """The hash kernel, loaded from its file alone: importing the sglang package patches transformers."""
+    package = importlib.util.find_spec("sglang")
+    if package is None or package.origin is None:
+        raise RuntimeError("SGLang is not installed in this environment: install it as README.md says")
+    source = Path(package.origin).parent / "kernels" / "ops" / "memory" / "gpu_tensor_hash.py"
+    spec = importlib.util.spec_from_file_location("_sglang_gpu_tensor_hash", source)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{source} is missing: install the SGLang version of pyproject.toml")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.gpu_tensor_hash
+
+
+def _even_shard(name: str, whole: torch.Tensor, dim: int, index: int, shards: int) -> torch.Tensor:
+    if whole.shape[dim] % shards:
+        raise ValueError(f"{name} of shape {list(whole.shape)} does not divide into {shards} shards along {dim}")
+    size = whole.shape[dim] // shards
+    return whole.narrow(dim, index * size, size)
+
+
+def _vocabulary_shard(whole_VH: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """Rows of one rank of the padded vocabulary; padding rows are zero."""
+    padding = _VOCAB_PADDING
+    if (-(-whole_VH.shape[0] // padding) * padding) % ranks:
+        padding *= ranks
+    rows = -(-whole_VH.shape[0] // padding) * padding // ranks
+    shard = whole_VH[rank * rows : (rank + 1) * rows]
+    if shard.shape[0] == rows:
+        return shard
+    return torch.cat([shard, shard.new_zeros(rows - shard.shape[0], *whole_VH.shape[1:])])

@@ -1,0 +1,98 @@
+"""What rank 0 alone holds: prompts, the rollout server and its client, the verifiers, and the weight transport."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from transformers import AutoTokenizer
+
+from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.data import load_prompts
+from drpo_megatron.platform import backend, device
+from drpo_megatron.records import Metrics, Prompt, RolloutGroup
+from drpo_megatron.rewards import RewardPool
+from drpo_megatron.rollout.driver import RolloutDriver
+from drpo_megatron.rollout.errors import ServerDied
+from drpo_megatron.rollout.server import server_of
+from drpo_megatron.sync.distributed import DistributedTransport
+from drpo_megatron.sync.verify import ServerLayout
+
+log = logging.getLogger(__name__)
+
+
+class Experience:
+    """Context manager: entering starts the server and the verifiers without waiting for them; leaving stops both."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._prompts: list[Prompt] = []
+        self._groups: list[RolloutGroup] = []
+
+    def __enter__(self) -> Self:
+        config = self.config
+        with contextlib.ExitStack() as started:
+            self.server = started.enter_context(server_of(config))
+            self.rewards = started.enter_context(RewardPool(config.reward, config.data))
+            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            self.source = load_prompts(config.data, tokenizer, config.seed)
+            self.driver = RolloutDriver(config.rollout, self.server, tokenizer)
+            self.resources = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.resources.close()
+
+    def connect(self) -> None:
+        """Wait for the server and join it in a group for weights. Raises ServerStartError when it does not come up."""
+        layout = ServerLayout.from_config(
+            self.config.model.path, self.server.tensor_parallel, getattr(torch, self.config.model.dtype)
+        )
+        url = self.server.wait_ready()
+        self.transport = DistributedTransport(url, self.config.sync, layout, backend(), device())
+        self.transport.connect()
+
+    def generate(self) -> bool:
+        """Sample the groups of a step. False when the server died; the complete groups are kept for the next call.
+
+        Raises GenerationError when a living server keeps failing.
+        """
+        self._prompts = self._prompts or self.source.next(self.config.rollout.prompts_per_step)
+        try:
+            self._groups = self.driver.generate(self._prompts)
+        except ServerDied as death:
+            log.warning("the rollout server died, %d groups are missing: %s", self.driver.pending, death)
+            return False
+        self._prompts = []
+        return True
+
+    def take_groups(self) -> list[RolloutGroup]:
+        """The groups of the last complete `generate`."""
+        groups, self._groups = self._groups, []
+        return groups
+
+    def restart_server(self) -> None:
+        """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
+        self.transport.reconnect(self.driver.restart_server())
+
+    def score(self, groups: list[RolloutGroup]) -> None:
+        """Set reward and reward_error of every rollout."""
+        self.rewards.score([rollout for group in groups for rollout in group.rollouts])
+
+    def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> Metrics:
+        """Send the stream of full tensors to the server. Raises SyncMismatch when it then holds something else."""
+        report = self.transport.push(itertools.chain.from_iterable(buckets), version)
+        return {
+            "sync/bytes": float(report.bytes),
+            "sync/seconds": report.seconds,
+            "sync/buckets": float(report.buckets),
+            "sync/verified_parameters": float(report.verified),
+            "sync/server_restarts": float(self.server.restarts),
+        }

@@ -1,0 +1,89 @@
+"""One step's metrics: everything is reduced here, once, on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from drpo_megatron.algorithms import TokenStats, fraction_without_signal, summarize
+from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.models.flops import training_flops
+from drpo_megatron.models.hf_config import HFModelConfig
+from drpo_megatron.records import Metrics, RolloutGroup
+from drpo_megatron.training.step import UpdateResult
+
+# Compared on the first update of a step, whose weights are the ones that the server sampled with: what is left is the
+# mismatch between the two engines. Over later updates the same numbers measure the policy's own movement.
+FIRST_UPDATE = ("mismatch/", "ratio/", "policy/entropy")
+
+
+def step_metrics(
+    config: RunConfig,
+    groups: Sequence[RolloutGroup],
+    results_by_rank: Sequence[Sequence[UpdateResult]],
+    *,
+    verb_seconds: Mapping[str, float],
+    sync: Metrics,
+    skipped_updates: int,
+    peak_memory_bytes: int,
+    model: HFModelConfig,
+) -> Metrics:
+    """Names as in the README's table. `results_by_rank[rank][update]`; token statistics come from the ranks that have
+    them.
+    """
+    updates = [
+        TokenStats.cat([result.stats for result in results if result.stats is not None])
+        for results in zip(*results_by_rank, strict=True)
+    ]
+    delta = config.algorithm.loss_args.get("delta")
+    metrics = summarize(TokenStats.cat(updates), delta)
+    # The loss of one update is a sum with that update's denominators; the step reports their mean.
+    metrics["loss/mean"] /= len(updates)
+    first = summarize(updates[0], delta)
+    metrics |= {name: value for name, value in first.items() if name.startswith(FIRST_UPDATE)}
+    last = results_by_rank[0][-1]
+    metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
+    return (
+        metrics | _rollout_metrics(groups) | _performance(config, groups, verb_seconds, model, peak_memory_bytes) | sync
+    )
+
+
+def _rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
+    rollouts = [r for g in groups for r in g.rollouts]
+    rewards = [r.reward for r in rollouts]
+    lengths = [len(r.response_ids) for r in rollouts]
+    return {
+        "reward/mean": sum(rewards) / len(rewards),
+        "reward/max": max(rewards),
+        "reward/min": min(rewards),
+        "reward/pass@1": sum(r >= 1.0 for r in rewards) / len(rewards),
+        "reward/errors": float(sum(r.reward_error is not None for r in rollouts)),
+        "reward/groups_without_signal": fraction_without_signal([g.rewards for g in groups]),
+        "response/len_mean": sum(lengths) / len(lengths),
+        "response/len_max": float(max(lengths)),
+        "response/truncated_frac": sum(r.truncated for r in rollouts) / len(rollouts),
+    }
+
+
+def _performance(
+    config: RunConfig,
+    groups: Sequence[RolloutGroup],
+    verb_seconds: Mapping[str, float],
+    model: HFModelConfig,
+    peak_memory_bytes: int,
+) -> Metrics:
+    """Rates are per second of the verb they belong to; `perf/tokens_per_s` counts trained positions over the whole
+    step.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    sampled = sum(len(r.response_ids) for r in rollouts)
+    lengths = [len(r.prompt.token_ids) + len(r.response_ids) - 1 for r in rollouts]
+    step_s = sum(verb_seconds.values())
+    flops_per_s_rank = training_flops(model, lengths, sampled) / verb_seconds["train"] / config.layout.world_size
+    return {f"perf/{verb}_s": seconds for verb, seconds in verb_seconds.items()} | {
+        "perf/step_s": step_s,
+        "perf/tokens_per_s": sum(lengths) / step_s,
+        "perf/generate_tokens_per_s": sampled / verb_seconds["generate"],
+        "perf/train_tokens_per_s": sum(lengths) / verb_seconds["train"],
+        "perf/tflops_per_gpu": flops_per_s_rank / 1e12,
+        "memory/peak_gb": peak_memory_bytes / 1e9,
+    }

@@ -1,0 +1,120 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, and the one update that never applies a bad
+gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from drpo_megatron.config.schema import RunConfig
+
+
+def wrap_data_parallel(chunks: list[torch.nn.Module], distributed_optimizer: bool) -> list[torch.nn.Module]:
+    """Megatron DDP around each model chunk. Gradients are summed in fp32 and never averaged.
+
+    The loss already carries its global denominator (`TrainBatch.weights_T`), so finalizing must not divide by a token
+    count: the count that Megatron's schedule hands over is dropped here.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, check_for_nan_in_grad=False
+    )
+    wrapped = [
+        DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+
+    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+        finalize_model_grads(model, None, **kwargs)
+
+    get_model_config(wrapped[0]).finalize_model_grads_func = finalize
+    return wrapped
+
+
+def build_optimizer(
+    config: RunConfig, chunks: list[torch.nn.Module]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam with fp32 main weights, and its schedule counted in optimizer updates."""
+    settings = config.optimizer
+    dtype = getattr(torch, config.model.dtype)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.distributed,
+        ),
+        chunks,
+    )
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    updates = config.training.steps * config.training.updates_per_batch
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if settings.warmup_steps else settings.lr,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(updates, settings.warmup_steps + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+@dataclass
+class UpdateGuard:
+    """Counts updates that were skipped for a non-finite gradient norm and stops the run after `limit` in a row."""
+
+    limit: int
+    skipped_total: int = 0
+    skipped_in_a_row: int = 0
+
+    def record(self, applied: bool) -> None:
+        """Raises FloatingPointError when the limit is reached."""
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped_total += not applied
+        if self.skipped_in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} updates in a row had a non-finite gradient norm "
+                f"({self.skipped_total} in all): lower optimizer.lr, raise the model's precision, or look at the last "
+                "step in metrics.jsonl and rollouts/"
+            )
+
+
+@torch.no_grad()
+def apply_update(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[float, bool]:
+    """One optimizer update from the reduced gradients. Returns (gradient norm before clipping, was it applied).
+
+    Megatron's own `step` compares the norm with a threshold, which NaN passes, and would clip every weight to NaN. Here
+    the norm, which is the same on every rank, decides first.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm, False
+    if clip_grad > 0:
+        for part in parts:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, True

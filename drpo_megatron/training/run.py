@@ -1,0 +1,155 @@
+"""A run on one rank: the policy that every rank holds, what rank 0 alone holds, and the verbs of the main loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import torch.distributed as dist
+
+from drpo_megatron.algorithms import compute_advantages
+from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.observability import Tracker, VerbTimer, progress_display
+from drpo_megatron.platform import peak_memory_bytes
+from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.records import RolloutGroup
+from drpo_megatron.training.experience import Experience
+from drpo_megatron.training.metrics import step_metrics
+from drpo_megatron.training.packing import TrainSequence, train_sequences
+from drpo_megatron.training.step import Policy, UpdateResult
+from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
+
+log = logging.getLogger(__name__)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. The value must pickle; over gloo, so it may wait as long as a rollout takes."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
+class Run:
+    """Context manager: entering starts the server (rank 0) and builds the policy; leaving stops everything it started.
+
+    Every verb is collective: all ranks call it. Groups exist on rank 0 only; the other ranks hold empty lists of them.
+    `version` counts the updates that were applied to the weights; the server's tokens carry the version that sampled
+    them.
+    """
+
+    def __init__(self, config: RunConfig, terminal: TextIO | None) -> None:
+        self.config = config
+        self.terminal = terminal
+        self.version = 0
+        self.timer = VerbTimer()
+        self.sync_metrics: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as started:
+            self.experience: Experience | None = None
+            if dist.get_rank() == 0:
+                # The server loads its weights while the policy is built: both take seconds to minutes.
+                self.experience = started.enter_context(Experience(self.config))
+                self.tracker = started.enter_context(Tracker(self.config))
+                self.progress = started.enter_context(progress_display(self.config, self.terminal))
+            self.policy = Policy(self.config)
+            if self.experience:
+                self.experience.connect()
+            dist.barrier(control_group())
+            self.resources = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.resources.close()
+
+    def begin(self, step: int) -> None:
+        self.step = step
+        self.timer.reset()
+
+    def generate(self) -> list[RolloutGroup]:
+        """The groups of this step. When the server dies it is restarted, gets the weights, and makes what is
+        missing.
+        """
+        with self.timer("generate"):
+            while not from_rank_0(self.experience.generate() if self.experience else None):
+                if self.experience:
+                    self.experience.restart_server()
+                self.sync()
+        return self.experience.take_groups() if self.experience else []
+
+    def score(self, groups: list[RolloutGroup]) -> None:
+        """Set the reward of every rollout."""
+        with self.timer("score"):
+            if self.experience:
+                self.experience.score(groups)
+
+    def advantages(self, groups: list[RolloutGroup]) -> None:
+        """Set the advantage of every rollout from the rewards of its group."""
+        with self.timer("advantages"):
+            if self.experience:
+                values = compute_advantages(self.config.algorithm.advantage, [g.rewards for g in groups])
+                for group, of_group in zip(groups, values, strict=True):
+                    for rollout, advantage in zip(group.rollouts, of_group, strict=True):
+                        rollout.advantage = advantage
+
+    def pack(self, groups: list[RolloutGroup]) -> list[list[TrainSequence]]:
+        """The global batch of each update of this step, on every rank: disjoint parts of the groups."""
+        with self.timer("pack"):
+            count = self.config.training.updates_per_batch
+            parts = [groups[i::count] for i in range(count)]
+            algorithm = self.config.algorithm
+            return from_rank_0(
+                [train_sequences(part, algorithm.aggregation, self.config.horizon) for part in parts]
+                if groups
+                else None
+            )
+
+    def train(self, sequences: list[TrainSequence]) -> UpdateResult:
+        """One optimizer update."""
+        with self.timer("train"):
+            result = self.policy.update(sequences, self.version)
+        self.version += result.applied
+        return result
+
+    def sync(self) -> None:
+        """Bring the server's weights to this version, and verify them."""
+        with self.timer("sync"):
+            buckets = iter_hf_tensors(
+                self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
+            )
+            if self.experience:
+                self.sync_metrics = self.experience.push_weights(buckets, self.version)
+            else:
+                for _ in buckets:  # this rank's part in gathering each bucket
+                    pass
+
+    def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
+        """Reduce the step's metrics on rank 0 and write them once."""
+        gathered: list[list[UpdateResult]] = [[] for _ in range(dist.get_world_size())]
+        is_driver = self.experience is not None
+        dist.gather_object(results, gathered if is_driver else None, dst=0, group=control_group())
+        if not self.experience:
+            return
+        metrics = step_metrics(
+            self.config,
+            groups,
+            gathered,
+            verb_seconds=self.timer.seconds(),
+            sync=self.sync_metrics,
+            skipped_updates=self.policy.guard.skipped_total,
+            peak_memory_bytes=peak_memory_bytes(),
+            model=self.policy.hf,
+        )
+        self.tracker.log(self.step, metrics)
+        self.tracker.dump_rollouts(self.step, groups)
+        self.progress.update(self.step, metrics)
+
+    def finish(self) -> None:
+        """Write the trained model as a Hugging Face directory beside the run's metrics."""
+        if self.config.training.export:
+            out = self.config.run_directory / "hf"
+            save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path)

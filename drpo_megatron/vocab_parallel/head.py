@@ -1,0 +1,62 @@
+"""From hidden states to log-probabilities: output projection, log-prob and entropy as one operation.
+
+This is the only place where the vocabulary is touched in training, and the seam for a kernel that fuses it: a
+replacement keeps the signature of `project_logprobs` and nothing outside changes.
+
+Memory held for the backward pass, with N the number of trained tokens of the micro-batch: the hidden states [N, H] and
+the logits of this rank's shard [N, V/tp] in the weight's dtype; the backward pass adds their gradient of the same
+size. Tokens outside the mask are never projected. No [N, V] tensor exists on any rank, and no float32 copy of the
+logits is kept.
+"""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
+
+from drpo_megatron.vocab_parallel.logprob import vocab_parallel_logprob_entropy
+
+
+def project_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    mask_T: Tensor,
+    group: ProcessGroup | None,
+    vocab_size: int,
+    temperature: float = 1.0,
+    sequence_parallel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log π(target) and entropy of the N = mask_T.sum() masked-in tokens, in their order: `(logp_N, entropy_N)`.
+
+    hidden_TH: the last layer's normalized output, the same on every rank of `group`; under `sequence_parallel` this
+    rank's [T/tp, H] slice of it. weight_VH: this rank's rows of the output (or tied embedding) weight, V = padded
+    vocabulary / tp. targets_T (int64) and mask_T (bool): [T], the same on every rank; index anything that belongs to
+    the results with `mask_T`. group: the tensor-parallel group, None for a whole vocabulary. Other arguments, dtypes
+    and errors: `vocab_parallel_logprob_entropy`. Raises ValueError when hidden states and targets do not match in
+    length.
+
+    The weight's gradient is the shard's own. The hidden gradient is summed over the group: an all-reduce of [N, H], or
+    the reduce-scatter of [T, H] that belongs to the sequence-parallel gather.
+    """
+    if sequence_parallel and group is not None:
+        hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=group)
+    if not len(hidden_TH) == len(targets_T) == len(mask_T):
+        raise ValueError(
+            f"{len(hidden_TH)} hidden states for {len(targets_T)} targets and {len(mask_T)} mask entries: "
+            "pass sequence_parallel=True exactly when hidden states are split over the group"
+        )
+    hidden_NH = hidden_TH[mask_T]
+    if group is not None and not sequence_parallel:
+        # After the selection, so that only trained tokens travel in the backward pass.
+        hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
+    logits_NV = linear(hidden_NH, weight_VH)
+    return vocab_parallel_logprob_entropy(
+        logits_NV, targets_T[mask_T], group=group, vocab_size=vocab_size, temperature=temperature
+    )

@@ -1,0 +1,152 @@
+"""Stream the model out as full Hugging Face tensors: to disk, and to whoever syncs weights to the servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from drpo_megatron import platform
+from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
+from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.weights.families import WeightTable, weight_table
+from drpo_megatron.weights.hf_io import SafetensorsWriter
+from drpo_megatron.weights.importer import local_parameters
+from drpo_megatron.weights.map import Replicated, WeightRule
+
+DEFAULT_BUCKET_BYTES = 512 * 1024**2
+DEFAULT_SHARD_BYTES = 5 * 1000**3
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One parameter of the whole model: where it lives and how large its shard is."""
+
+    name: str
+    stage: int
+    shard_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def iter_hf_tensors(
+    model_chunks: Sequence[torch.nn.Module],
+    hf: HFModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Buckets of (Hugging Face name, full tensor), in the order embedding, layers, final norm, output projection.
+
+    Every rank must exhaust the iterator: it is collective over the tensor- and pipeline-parallel groups. All ranks see
+    the same number of buckets; the lists are empty except on global rank 0, where tensors are on its device. A bucket
+    holds at most `bucket_bytes`, or one parameter that alone is larger. Global rank 0 needs memory for one bucket and
+    the shards of one parameter more; other ranks of the first data-parallel replica need one parameter.
+
+    `dtype` casts before anything is sent; None keeps the parameters'. Padding rows of the vocabulary are cut, and tied
+    output projections left out. Tensors may share memory with the parameters: use them before the next optimizer step.
+    """
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    table = weight_table(hf, padded_vocab_size(hf.vocab_size, tp_size))
+    parameters = dict(local_parameters(model_chunks))
+    bucket: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for item in _inventory(parameters, table, dtype):
+        rule = table.rule(item.name)
+        size = _copies(rule, tp_size) * item.dtype.itemsize * torch.Size(item.shard_shape).numel()
+        if filled and filled + size > bucket_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        shards = _gather(parameters.get(item.name), item, rule)
+        if shards is not None:
+            bucket += rule.to_hf(shards).items()
+            del shards
+        filled += size
+    yield bucket
+
+
+def _inventory(parameters: dict[str, torch.nn.Parameter], table: WeightTable, dtype: torch.dtype | None) -> list[_Item]:
+    """All exported parameters in a fixed order, the same on every rank. Collective over the pipeline-parallel group."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    local = [
+        _Item(name, group.rank(), tuple(parameter.shape), dtype or parameter.dtype)
+        for name, parameter in parameters.items()
+        if table.rule(name).exported
+    ]
+    everywhere: list[list[_Item]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(everywhere, local, group=group)
+    return sorted((item for stage in everywhere for item in stage), key=_order)
+
+
+def _order(item: _Item) -> tuple[int, int]:
+    """Embedding, layers by number, then the rest; a stable sort keeps the model's order inside a layer."""
+    if item.name.startswith("embedding."):
+        return (0, 0)
+    if item.name.startswith("decoder.layers."):
+        return (1, int(item.name.split(".")[2]))
+    return (2, 0)
+
+
+def _gather(parameter: torch.nn.Parameter | None, item: _Item, rule: WeightRule) -> Sequence[torch.Tensor] | None:
+    """The parameter's shards by tensor-parallel rank, on global rank 0; None on every other rank.
+
+    The stage that owns it gathers on its tensor-parallel rank 0, which sends to the first stage's.
+    """
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return None
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    leads = tp_group.rank() == 0
+    shards: torch.Tensor | None = None
+    if pp_group.rank() == item.stage:
+        assert parameter is not None, f"{item.name} is not on the stage that announced it"
+        local = parameter.detach().to(item.dtype)
+        if _copies(rule, tp_group.size()) == 1:
+            shards = local[None]
+        else:
+            shards = local.new_empty(tp_group.size(), *item.shard_shape) if leads else None
+            dist.gather(local, None if shards is None else list(shards.unbind()), group=tp_group, group_dst=0)
+        if leads and item.stage != 0:
+            dist.send(shards, group=pp_group, group_dst=0)
+    elif leads and pp_group.rank() == 0:
+        copies = _copies(rule, tp_group.size())
+        shards = torch.empty(copies, *item.shard_shape, dtype=item.dtype, device=platform.device())
+        dist.recv(shards, group=pp_group, group_src=item.stage)
+    return None if shards is None or dist.get_rank() != 0 else shards.unbind()
+
+
+def _copies(rule: WeightRule, tp_size: int) -> int:
+    """Number of shards that differ from each other."""
+    return 1 if isinstance(rule, Replicated) else tp_size
+
+
+def save_hf(
+    model_chunks: Sequence[torch.nn.Module],
+    hf: HFModelConfig,
+    out_dir: str | Path,
+    source_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write the model as a Hugging Face directory. Collective over all ranks; it returns when `out_dir` is complete.
+
+    Configuration, tokenizer, chat template and generation config come from `source_dir`, with the dtype in config.json
+    set to the one written (`dtype`, or the parameters'). Global rank 0 holds one shard file in memory. Raises
+    FileExistsError when `out_dir` exists.
+    """
+    writer = SafetensorsWriter(out_dir, source_dir, max_shard_bytes) if dist.get_rank() == 0 else None
+    try:
+        for bucket in iter_hf_tensors(model_chunks, hf, dtype=dtype):
+            if writer is not None:
+                writer.add(bucket)
+        if writer is not None:
+            writer.commit()
+            writer = None
+    finally:
+        if writer is not None:
+            writer.abort()
+    dist.barrier(group=control_group())

@@ -1,0 +1,79 @@
+"""Load a Hugging Face directory into Megatron-Core model chunks, each rank reading only its part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from drpo_megatron.models.builder import unwrap
+from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
+from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.weights.families import WeightTable, global_name, weight_table
+from drpo_megatron.weights.hf_io import SafetensorsReader
+
+
+def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of this rank's chunks, wrapped or not, with layers numbered over the whole model."""
+    for chunk in model_chunks:
+        model = unwrap(chunk)
+        first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+        for name, parameter in model.named_parameters():
+            yield global_name(name, first_layer), parameter
+
+
+def check_names(hf_dir: Path, present: set[str], table: WeightTable, tied: bool) -> None:
+    """Raise ValueError listing tensors that the model lacks or that the weight map does not know."""
+    # A tied model may come with its output projection stored again; old Llama files hold the rotary frequencies.
+    ignorable = {name for name in present if name.endswith(".rotary_emb.inv_freq")}
+    if tied:
+        ignorable.add("lm_head.weight")
+    expected = table.hf_names()
+    missing = sorted(expected - present)
+    unknown = sorted(present - expected - ignorable)
+    if missing or unknown:
+        raise ValueError(
+            f"{hf_dir} does not match its config.json: missing tensors {_listed(missing)}; "
+            f"tensors without a place in the model {_listed(unknown)}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+@torch.no_grad()
+def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path, hf: HFModelConfig) -> None:
+    """Fill every parameter of this rank's chunks from `hf_dir`, cast to the parameters' dtype. Collective over all.
+
+    Call it before the optimizer is made, which copies the parameters into its main weights. Padding rows of the
+    vocabulary become zeros. Raises ValueError, naming tensor or file, when the directory lacks a tensor, has one that
+    no parameter takes, has one of a wrong shape, or is damaged; FileNotFoundError when a file is missing; KeyError when
+    a parameter has no rule.
+    """
+    tp_rank, tp_size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    table = weight_table(hf, padded_vocab_size(hf.vocab_size, tp_size))
+    reader = SafetensorsReader(hf_dir)
+    check_names(reader.path, set(reader), table, hf.tied_embeddings)
+    consumed: set[str] = set()
+    for name, parameter in local_parameters(model_chunks):
+        rule = table.rule(name)
+        shard = rule.from_hf(reader, tp_rank, tp_size)
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"{' + '.join(rule.hf_names)} in {reader.path} give {name} the shape {tuple(shard.shape)}, "
+                f"and config.json asks for {tuple(parameter.shape)}"
+            )
+        parameter.copy_(shard)
+        consumed.update(rule.hf_names)
+    everywhere: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, consumed, group=control_group())
+    unused = sorted(table.hf_names() - set().union(*everywhere))
+    if unused:
+        raise ValueError(f"{reader.path}: no parameter of the built model takes {_listed(unused)}")

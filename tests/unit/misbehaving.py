@@ -1,0 +1,41 @@
+"""A verifier for the tests of the reward pool, in a module without torch: the pool's processes import it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+def behave(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
+    """Does what the response says."""
+    match text:
+        case "raise":
+            raise RuntimeError("bad sample")
+        case "python loop":
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            while True:
+                pass
+        case "c call":
+            libc = ctypes.PyDLL(None)  # PyDLL holds the interpreter lock: no Python code of this process runs meanwhile
+            libc.sleep(600)
+        case "exit":
+            os._exit(7)
+        case "segfault":
+            ctypes.string_at(0)
+        case "nan":
+            return float("nan")
+        case "none":
+            return None
+        case "modules":
+            return float("torch" in sys.modules)
+        case "sigint ignored":
+            return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        case "child":
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+    return 0.5

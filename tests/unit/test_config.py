@@ -1,0 +1,265 @@
+"""Loading, error messages and cross-checks of the configuration."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drpo_megatron.config import ConfigError, check_config, dump_config, field_help, load_config, setting_reference
+from drpo_megatron.config.model_files import read_safetensors_header
+
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "model": {"path": "model"},
+    "data": {"source": {"type": "function", "function": "drpo_megatron.data.examples:repeat_digit"}},
+    "reward": {"type": "function", "function": "drpo_megatron.rewards.examples:matching_characters"},
+    "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 6}},
+    "algorithm": {"loss_args": {"delta": 0.2}},
+    "optimizer": {"lr": 0.001},
+    "training": {"steps": 3},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def problems_of(path: Path, *overrides: str, check: bool = False) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config = load_config(path, overrides)
+        if check:
+            check_config(config)
+    assert all(problem and "\n" not in problem for problem in caught.value.problems)
+    return "\n".join(caught.value.problems)
+
+
+def test_overrides_win_create_sections_and_round_trip(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(
+        config_file,
+        [
+            "optimizer.lr=1e-6",
+            "sync.bucket_mb=4",
+            "rollout.server.args.mem_fraction_static=3e-1",
+            "optimizer.betas=[0.8, 0.9]",
+        ],
+    )
+    assert config.optimizer.lr == 1e-6
+    assert config.sync.bucket_mb == 4
+    # An untyped value: YAML 1.1 would leave the string '3e-1'.
+    assert config.rollout.server.args == {"mem_fraction_static": 0.3}
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.training.steps == 3
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(dumped) == config
+
+
+def test_every_problem_is_listed_with_its_path(config_file: Path) -> None:
+    text = problems_of(
+        config_file, "optimizer.lr=-1", "training.setps=3", "parallel.lr=1", "data.source.sise=2", "reward.type=x"
+    )
+    lines = {line.split(":")[0]: line for line in text.splitlines()}
+    assert set(lines) == {"optimizer.lr", "training.setps", "parallel.lr", "data.source.sise", "reward.type"}
+    assert "did you mean 'steps'" in lines["training.setps"]
+    assert "optimizer.lr" in lines["parallel.lr"]
+    assert "did you mean 'size'" in lines["data.source.sise"]
+    assert "greater than 0" in lines["optimizer.lr"] and "-1" in lines["optimizer.lr"]
+    assert "math_verify" in lines["reward.type"]
+
+
+def test_structural_problems(config_file: Path, tmp_path: Path) -> None:
+    assert "data.source.type: 'csv' is unknown; choose one of" in problems_of(config_file, "data.source.type=csv")
+    assert problems_of(config_file, "data.source={task: x}").startswith(
+        "data.source.type: is required; set it to one of"
+    )
+    assert problems_of(config_file, "training={}").startswith("training.steps: is required")
+    assert "not a section" in problems_of(config_file, "name.x=1")
+    assert "not a section" in problems_of(config_file, "training=5")
+    assert "key=value" in problems_of(config_file, "training.steps")
+    assert "does not match" in problems_of(config_file, "name=a/b")
+    assert "No such file" in problems_of(tmp_path / "absent.yaml")
+
+    def write(text: str) -> Path:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        return path
+
+    assert "seed: given twice, in lines 2 and 4" in problems_of(write("a:\n  seed: 1\n  b: 2\n  seed: 3\n"))
+    assert "not valid YAML" in problems_of(write("a: [1"))
+    assert "no settings" in problems_of(write(""))
+
+
+def test_every_setting_is_documented() -> None:
+    rows = {h.key: h for h in field_help()}
+    undocumented = [key for key, h in rows.items() if not h.description and not key.startswith("data.source.type")]
+    assert not undocumented
+    assert rows["data.source.path (jsonl | parquet)"].default == "required"
+    assert rows["rollout.server.max_restarts"].default == "3"
+    assert setting_reference().count("\n") == len(rows) + 1
+
+
+def test_import_is_free_of_torch_and_transformers() -> None:
+    """The command line and the verifier processes import these; a process of its own shows what they pull in."""
+    code = (
+        "import sys, drpo_megatron.config, drpo_megatron.rewards.worker, drpo_megatron.data.rows;"
+        "print(sorted({'torch', 'transformers', 'reasoning_gym', 'pyarrow'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# --- Cross-checks -----------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], int]], extra: bytes = b"") -> None:
+    """By the format's definition, not by the library: name → (dtype, shape, bytes)."""
+    header, position = {}, 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(position) + extra)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    hf = {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 100,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
+    (path / "config.json").write_text(json.dumps(hf))
+    tokenizer = {"model": {"vocab": {"a": 0, "z": 98}}, "added_tokens": [{"id": 99, "content": "<|end|>"}]}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    write_safetensors(path / "model.safetensors", {"b": ("BF16", [2, 3], 12), "a": ("F32", [], 4)})
+    return path
+
+
+def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
+    check_config(load_config(config_file, [f"model.path={model}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.tensor=4"], "2 key-value heads do not divide over parallel.tensor = 4"),
+        (["parallel.pipeline=4"], "2 layers do not divide"),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel needs tensor >= 2"),
+        (["parallel.virtual_pipeline=2"], "it needs pipeline >= 2"),
+        (["parallel.context=2"], "parallel.context: 2 is not supported, because packed"),
+        (["parallel.expert=2", "parallel.data=2"], "parallel: parallel.expert is 2 and qwen3 is dense: set it to 1"),
+        (
+            ["training.updates_per_batch=3"],
+            "training.updates_per_batch: 3 does not divide rollout.prompts_per_step = 4",
+        ),
+        (["parallel.data=9"], "parallel.data: 9 ranks share the 8 sequences"),
+        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: must be 2 or more"),
+        (
+            ["rollout.server.tensor_parallel=3"],
+            "rollout.server.tensor_parallel: 3 does not divide the 4 attention heads",
+        ),
+        (["data.max_prompt_tokens=2043"], "is above the model's 2048 positions"),
+        (["algorithm.loss=drop"], "did you mean 'drpo'"),
+        (["algorithm.loss_args={}"], "algorithm.loss: loss 'drpo' needs delta"),
+        (["reward.type=reasoning_gym", "reward.function=null"], "reasoning_gym scores its own problems only"),
+        (["reward.function=null"], "reward.function: is required"),
+        (["reward.function=json:lods"], "module 'json' has no function 'lods'"),
+        (["reward.function=no_such_module:f"], "module 'no_such_module' cannot be imported"),
+        (["reward.type=math_verify"], "reward.function: has no effect"),
+        (["data.prompt_template=x"], "does not contain {prompt}"),
+        (["data.system_prompt=x", "data.chat_template=false"], "data.system_prompt: needs data.chat_template"),
+        (["data.source={type: jsonl, path: absent.jsonl}"], "data.source: absent.jsonl: does not exist"),
+        (["model.path=absent"], "model.path: absent is not a directory"),
+    ],
+)
+def test_cross_checks(config_file: Path, model: Path, overrides: list[str], expected: str) -> None:
+    problems = problems_of(config_file, f"model.path={model}", *overrides, check=True)
+    assert expected in problems
+    assert len(problems.splitlines()) == 1, problems
+
+
+def test_extract_and_port(config_file: Path, model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        text = problems_of(
+            config_file, f"model.path={model}", f"rollout.server.port={port}", "reward.extract=(a", check=True
+        )
+    assert f"rollout.server.port: {port} cannot be used" in text
+    assert "reward.extract: has no effect" in text and "is not a regular expression" in text
+
+
+def test_tokenizer_that_does_not_fit(config_file: Path, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["id"] = 100
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (model / "tokenizer_config.json").write_text("{}")
+    text = problems_of(config_file, f"model.path={model}", check=True)
+    assert "'<|end|>' with id 100" in text and "100 rows" in text
+    assert "has no chat template; set data.chat_template=false" in text
+
+
+def test_damaged_weights(config_file: Path, model: Path) -> None:
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    assert set(read_safetensors_header(file)) == {"a", "b"}
+
+    def problem(content: bytes) -> str:
+        file.write_bytes(content)
+        text = problems_of(config_file, f"model.path={model}", check=True)
+        assert str(file) in text
+        return text
+
+    assert "tensors, the file has" in problem(whole[:-1])
+    assert "tensors, the file has" in problem(whole + b"\0")
+    assert "header of" in problem(b"\xff" * 100)
+    assert "header of" in problem(b"")
+    assert "header is unreadable" in problem(whole.replace(b"BF16", b"XX16"))
+    assert "tensor b lies at" in problem(whole.replace(b"[2, 3]", b"[2, 4]"))
+    file.unlink()
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "x.safetensors", "c": "y.safetensors"}})
+    )
+    write_safetensors(model / "x.safetensors", {"b": ("BF16", [2], 4)})
+    text = problems_of(config_file, f"model.path={model}", check=True)
+    assert "x.safetensors lacks 1 tensors" in text and "y.safetensors does not exist" in text
+
+
+def test_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        "w": torch.zeros(3, 5, dtype=torch.bfloat16),
+        "b": torch.ones(7),
+        "e": torch.zeros(0, 4),
+        "f": torch.zeros(9, dtype=torch.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "t.safetensors", metadata={"format": "pt"})
+    header = read_safetensors_header(tmp_path / "t.safetensors")
+    assert {name: tuple(entry["shape"]) for name, entry in header.items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }

@@ -1,0 +1,165 @@
+"""What a run writes and shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import socket
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.observability import Tracker, VerbTimer, progress_display
+from drpo_megatron.observability.curves import plot_runs, read_metrics
+from drpo_megatron.observability.progress import LiveProgress, sparkline
+from drpo_megatron.observability.tracker import wandb_is_online
+from drpo_megatron.records import Prompt, Rollout, RolloutGroup
+from tests.unit.test_config import MINIMAL
+
+METRICS = {
+    "reward/mean": 0.25,
+    "policy/entropy": 2.0,
+    "mismatch/abs_dlogp_max": 3e-5,
+    "perf/step_s": 2.0,
+    "perf/train_s": 1.5,
+    "perf/tokens_per_s": 100.0,
+    "perf/generate_tokens_per_s": 400.0,
+}
+
+
+def run_config(directory: Path, **tracking: Any) -> RunConfig:
+    return RunConfig.model_validate(MINIMAL | {"tracking": {"directory": str(directory), "wandb": False, **tracking}})
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    prompt = Prompt("p:1", [1, 2], "7", "8", {"entry": {"shape": (1, 2)}})
+    group = RolloutGroup(prompt, [Rollout(prompt, [3], [-0.5], [4], "stop", text=f"t{i}") for i in range(2)])
+    with Tracker(config) as tracker:
+        tracker.log(0, METRICS | {"bad": math.inf})
+        lines = (tmp_path / "test" / "metrics.jsonl").read_text().splitlines()  # on disk before the run ends
+        tracker.dump_rollouts(12, [group])
+        tracker.log(1, METRICS)
+    row = json.loads(lines[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row.pop("step") == 0 and abs(row.pop("time") - time.time()) < 60 and row.pop("bad") is None
+    assert row == METRICS
+    rollouts = [json.loads(line) for line in (tmp_path / "test/rollouts/step_000012.jsonl").read_text().splitlines()]
+    assert [r["text"] for r in rollouts] == ["t0", "t1"] and rollouts[0]["prompt"]["answer"] == "8"
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "test" / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.25), (1, 0.25)]
+    with Tracker(config) as tracker:  # a resumed run goes on in the same file
+        tracker.log(2, METRICS)
+    assert [r["step"] for r in read_metrics(tmp_path / "test")] == [0, 1, 2]
+
+
+def test_switches(tmp_path: Path) -> None:
+    with Tracker(run_config(tmp_path, tensorboard=False, dump_rollouts=False)) as tracker:
+        tracker.log(0, METRICS)
+        tracker.dump_rollouts(0, [])
+    assert sorted(p.name for p in (tmp_path / "test").rglob("*")) == ["metrics.jsonl", "rollouts"]
+
+
+@pytest.fixture
+def no_wandb_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_wandb_is_online_only_with_a_key(no_wandb_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not wandb_is_online()
+    no_wandb_key.write_text("machine example.org login user password x\n")
+    assert not wandb_is_online()
+    no_wandb_key.write_text("machine api.wandb.ai login user password x\n")
+    assert wandb_is_online()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not wandb_is_online()
+    monkeypatch.delenv("WANDB_MODE")
+    no_wandb_key.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_is_online()
+
+
+def test_wandb_offline_writes_into_the_run(no_wandb_key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        pytest.fail(f"a name was looked up: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    start = time.monotonic()
+    with Tracker(run_config(tmp_path, wandb=True, tensorboard=False)) as tracker:
+        for step in range(2):
+            tracker.log(step, METRICS)
+    assert time.monotonic() - start < 30
+    runs = list((tmp_path / "test" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1 and b"reward/mean" in runs[0].read_bytes()
+
+
+def test_plain_progress(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with progress_display(run_config(tmp_path), out) as progress:
+        progress.update(0, METRICS | {"reward/errors": 2.0})
+    (line,) = out.getvalue().splitlines()
+    assert line.startswith("step 1/3  reward 0.250")
+    assert "3.00e-05" in line and "seconds train 1.50" in line and "tokens/s 100" in line and "reward errors 2" in line
+    for nothing in (
+        progress_display(run_config(tmp_path), None),
+        progress_display(run_config(tmp_path, progress=False), out),
+    ):
+        with nothing as progress:
+            progress.update(1, METRICS)
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_live_progress() -> None:
+    progress = LiveProgress("test", steps=3)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(progress)
+    assert "starting" in console.export_text()
+    for step, reward in enumerate((0.0, 0.5, 1.0)):
+        progress.update(step, METRICS | {"reward/mean": reward})
+    console.print(progress)
+    text = console.export_text()
+    assert "step 3/3" in text and "▁▅█" in text and "1.000" in text
+    assert sparkline(deque([1.0, math.nan, 1.0])) == "▁ ▁"
+
+
+def test_timer() -> None:
+    timer = VerbTimer()
+    for _ in range(2):
+        with timer("train"):
+            time.sleep(0.01)
+    with pytest.raises(ValueError), timer("sync"):
+        raise ValueError
+    assert list(timer.seconds()) == ["train", "sync"] and 0.02 <= timer.seconds()["train"] < 1
+    timer.reset()
+    assert timer.seconds() == {}
+
+
+def test_curves(tmp_path: Path) -> None:
+    from PIL import Image
+
+    directories = [tmp_path / name for name in ("seed_1", "seed_2")]
+    for directory in directories:
+        directory.mkdir()
+        (directory / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, "time": 0.0} | METRICS) + "\n" for s in range(4))
+        )
+    plot_runs(directories, tmp_path / "plots" / "out.png")
+    with Image.open(tmp_path / "plots" / "out.png") as image:
+        assert image.format == "PNG" and image.width > 1000
+    with pytest.raises(ValueError, match="does not exist"):
+        plot_runs([tmp_path], tmp_path / "x.png")
+    (directories[0] / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+        plot_runs(directories, tmp_path / "x.png")
