@@ -51,24 +51,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(config: RunConfig) -> None:
-    """Make the recipe's model if it is missing, and refuse what cannot run."""
+    """Make the recipe's model if it is missing, and refuse what cannot run. Raises ConfigError."""
     if config.model.recipe is not None:
         from drpo_megatron.models.recipes import ensure_model
 
-        ensure_model(config.model.recipe, config.model.path)
+        try:
+            ensure_model(config.model.recipe, config.model.path)
+        except (ValueError, OSError) as error:
+            raise ConfigError([f"model.recipe: {error}"]) from error
     check_config(config)
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from drpo_megatron.rollout.errors import ServerStartError
+    from drpo_megatron.rollout.server import server_of
     from launch import local
 
     config = load_config(parsed.config, parsed.overrides)
     _prepare(config)
+    try:
+        server_command, _ = server_of(config).command(config.rollout.server.port or 0)
+    except ServerStartError as error:
+        raise ConfigError([f"rollout.server: {error}"]) from error
     if parsed.dry_run:
         print(dump_config(config))
-        from drpo_megatron.rollout.server import server_of
-
-        print(local.describe(config, config.layout, server_of(config).command(config.rollout.server.port or 0)[0]))
+        print(local.describe(config, config.layout, server_command))
         return 0
     moved = local.prepare_run_directory(config)
     if moved:
@@ -95,7 +102,11 @@ def _settings(parsed: argparse.Namespace) -> int:
 def _plot(parsed: argparse.Namespace) -> int:
     from drpo_megatron.observability.curves import plot_runs
 
-    plot_runs(parsed.runs, parsed.out)
+    try:
+        plot_runs(parsed.runs, parsed.out)
+    except (ValueError, OSError) as error:
+        print(f"drpo: {error}", file=sys.stderr)
+        return EXIT_REFUSED
     return 0
 
 

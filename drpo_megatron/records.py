@@ -6,9 +6,10 @@ They hold plain data only. `Prompt` and `Rollout` are what is dumped to `runs/NA
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # verifier processes and the configuration checks read records and do without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class TrainBatch:
     num_sequences: int
 
     def to(self, device: torch.device) -> TrainBatch:
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}
         return TrainBatch(**moved)
 
 

@@ -1,8 +1,8 @@
 """Where the time of a step goes, and what the DRPO loss costs over plain cross entropy.
 
-The rates and shares come from a short run of the quickstart recipe (real server, real trainer); its first steps, which warm
-both up, are left out. `drpo_over_cross_entropy` times forward and backward of the same packed batch under both losses,
-alternately, on one rank.
+The rates and shares come from a short run of the quickstart recipe (real server, real trainer); its first steps, which
+warm both up, are left out. `drpo_over_cross_entropy` times forward and backward of the same packed batch under both
+losses, alternately, on one rank.
 """
 
 from __future__ import annotations

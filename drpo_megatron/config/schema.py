@@ -48,7 +48,7 @@ class FileData(Section):
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of chat messages."""
     answer_key: str | None = "answer"
-    """Column with the reference answer, given to the verifier. null for none."""
+    """Column with the reference answer, given to the verifier; dots reach into nested ones. null for none."""
 
 
 class FunctionData(Section):

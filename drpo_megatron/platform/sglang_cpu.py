@@ -56,6 +56,7 @@ def install_stand_ins() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("this machine has a CUDA device: start the server with `python -m sglang.launch_server`")
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang chooses its platform while it is imported
+    os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull  # tensor-parallel ranks use NCCL where it loads, device or not
     kernel = _KernelStandIn("sgl_kernel")
     kernel.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", loader=None)
     sys.modules["sgl_kernel"] = kernel

@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing import Pipe
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from drpo_megatron.config.schema import DataConfig, RewardConfig
-
-if TYPE_CHECKING:
-    from drpo_megatron.records import Rollout
+from drpo_megatron.records import Rollout
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import re
@@ -61,6 +62,9 @@ def _reasoning_gym(reward: RewardConfig, data: DataConfig) -> Verifier:
 
 def _math_verify() -> Verifier:
     from math_verify import parse, verify
+
+    # It warns that its own time-outs are off. The pool's are stronger: they end a process that no signal handler can.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def verify_math(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
         if answer is None:

@@ -1,4 +1,4 @@
-"""SGLang's control requests: pause, flush, weight updates, checksums. Blocking, each with a time-out."""
+"""SGLang's control requests: pause, weight updates, checksums. Blocking, each with a time-out."""
 
 from __future__ import annotations
 
@@ -26,10 +26,6 @@ class ServerAdmin:
     def continue_generation(self, timeout_s: float) -> None:
         self._call("POST", "/continue_generation", {}, timeout_s)
 
-    def flush_cache(self, timeout_s: float) -> None:
-        """Drop the prefix cache, which the present weights computed. Fails while requests run."""
-        self._call("POST", "/flush_cache", None, timeout_s)
-
     def begin_weight_update(self, timeout_s: float) -> None:
         self._call("POST", "/begin_weight_update", {"selector": "all"}, timeout_s)
 
@@ -54,16 +50,26 @@ class ServerAdmin:
         self._call("POST", "/destroy_weights_update_group", {"group_name": group_name}, timeout_s)
 
     def update_weights_from_distributed(
-        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str, timeout_s: float
+        self,
+        *,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list[list[int]],
+        group_name: str,
+        flush_cache: bool,
+        timeout_s: float,
     ) -> None:
-        """Receive one flattened bucket by broadcast from rank 0 of the group and load it."""
+        """Receive one flattened bucket by broadcast from rank 0 of the group and load it.
+
+        `flush_cache` also drops the prefix cache, which the former weights computed; it fails while requests run.
+        """
         body = {
             "names": names,
             "dtypes": dtypes,
             "shapes": shapes,
             "group_name": group_name,
             "load_format": "flattened_bucket",
-            "flush_cache": False,
+            "flush_cache": flush_cache,
         }
         self._call("POST", "/update_weights_from_distributed", body, timeout_s)
 

@@ -80,9 +80,8 @@ class RolloutClient:
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, job: GenerationJob, position: int
     ) -> None:
         prompt = job.prompts[position]
-        body = request_body(prompt, job.samples_per_prompt, job.sampling)
         async with slots:
-            answers = await self._post(session, body, job)
+            answers = await self._post(session, request_body(prompt, job.samples_per_prompt, job.sampling), job)
         rollouts = [parse_answer(prompt, answer) for answer in answers]
         if len(rollouts) != job.samples_per_prompt:
             raise GenerationError(f"asked for {job.samples_per_prompt} samples of {prompt.id}, got {len(rollouts)}")

@@ -127,7 +127,6 @@ class DistributedTransport:
         deadline = _Deadline(start + self._config.timeout_s)
         expected = ExpectedChecksums(self._layout, self._device) if self._verification_is_due() else None
         self._admin.pause_generation("retract", deadline.left())
-        self._admin.flush_cache(deadline.left())
         self._admin.begin_weight_update(deadline.left())
         try:
             tensors, buckets, size = self._send(_tee(stream, expected), deadline)
@@ -152,20 +151,22 @@ class DistributedTransport:
             flat = bucket.flatten(self._device)
             if in_flight is not None:
                 in_flight.finish(deadline)
-            in_flight = self._start(bucket, flat, deadline)
+            # the first bucket drops the cache of the former weights: nothing runs until the push is complete
+            in_flight = self._start(bucket, flat, deadline, flush_cache=buckets == 0)
             tensors, buckets, size = tensors + len(bucket.names), buckets + 1, size + flat.nbytes
         if in_flight is None:
             raise ValueError("a weight update without tensors: the stream was empty")
         in_flight.finish(deadline)
         return tensors, buckets, size
 
-    def _start(self, bucket: Bucket, flat: torch.Tensor, deadline: _Deadline) -> _InFlight:
+    def _start(self, bucket: Bucket, flat: torch.Tensor, deadline: _Deadline, *, flush_cache: bool) -> _InFlight:
         answer = self._requests.submit(
             self._admin.update_weights_from_distributed,
             names=bucket.names,
             dtypes=bucket.dtypes,
             shapes=bucket.shapes,
             group_name=self._group_name,
+            flush_cache=flush_cache,
             timeout_s=deadline.left(),
         )
         return _InFlight(flat, answer, dist.broadcast(flat, src=0, group=self._group, async_op=True))

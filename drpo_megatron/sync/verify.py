@@ -116,6 +116,8 @@ class ExpectedChecksums:
     def _place(self, name: str) -> tuple[str, int, int]:
         """Server parameter of a Hugging Face tensor, the tensor's position in it, and how many tensors make it up."""
         if match := _EXPERT.match(name):
+            if not self._layout.num_experts:
+                raise ValueError(f"{name} is an expert and the model's config.json has no expert count that is known")
             expert, projection = int(match["expert"]), match["projection"]
             if projection == "down":
                 return f"{match['prefix']}.w2_weight", expert, self._layout.num_experts

@@ -18,7 +18,7 @@ from drpo_megatron.platform import backend, device
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerDied
+from drpo_megatron.rollout.errors import ServerDied, ServerError
 from drpo_megatron.rollout.server import server_of
 from drpo_megatron.sync.distributed import DistributedTransport
 from drpo_megatron.sync.verify import ServerLayout
@@ -33,6 +33,7 @@ class Experience:
         self.config = config
         self._prompts: list[Prompt] = []
         self._groups: list[RolloutGroup] = []
+        self.sync_metrics: Metrics = {}
 
     def __enter__(self) -> Self:
         config = self.config
@@ -86,13 +87,23 @@ class Experience:
         """Set reward and reward_error of every rollout."""
         self.rewards.score([rollout for group in groups for rollout in group.rollouts])
 
-    def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> Metrics:
-        """Send the stream of full tensors to the server. Raises SyncMismatch when it then holds something else."""
-        report = self.transport.push(itertools.chain.from_iterable(buckets), version)
-        return {
+    def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> bool:
+        """Send the stream of full tensors to the server. False when the server died; the stream is used up either way.
+
+        Raises SyncMismatch when the server then holds something else.
+        """
+        try:
+            report = self.transport.push(itertools.chain.from_iterable(buckets), version)
+        except ServerError as error:
+            if self.server.alive():
+                raise
+            log.warning("the rollout server died before weight version %d arrived: %s", version, error)
+            return False
+        self.sync_metrics = {
             "sync/bytes": float(report.bytes),
             "sync/seconds": report.seconds,
             "sync/buckets": float(report.buckets),
             "sync/verified_parameters": float(report.verified),
             "sync/server_restarts": float(self.server.restarts),
         }
+        return True

@@ -44,7 +44,6 @@ class Run:
         self.terminal = terminal
         self.version = 0
         self.timer = VerbTimer()
-        self.sync_metrics: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as started:
@@ -76,9 +75,7 @@ class Run:
         """
         with self.timer("generate"):
             while not from_rank_0(self.experience.generate() if self.experience else None):
-                if self.experience:
-                    self.experience.restart_server()
-                self.sync()
+                self._replace_server()
         return self.experience.take_groups() if self.experience else []
 
     def score(self, groups: list[RolloutGroup]) -> None:
@@ -118,14 +115,29 @@ class Run:
     def sync(self) -> None:
         """Bring the server's weights to this version, and verify them."""
         with self.timer("sync"):
-            buckets = iter_hf_tensors(
-                self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
-            )
+            if not self._push_weights():
+                self._replace_server()
+
+    def _push_weights(self) -> bool:
+        """False when the server died, and so does not have them."""
+        buckets = iter_hf_tensors(
+            self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
+        )
+        pushed = False
+        if self.experience:
+            pushed = self.experience.push_weights(buckets, self.version)
+        else:
+            for _ in buckets:  # this rank's part in gathering each bucket
+                pass
+        return bool(from_rank_0(pushed))
+
+    def _replace_server(self) -> None:
+        """Restart the dead server and bring it to this version. Raises ServerGaveUp when its restarts are used up."""
+        while True:
             if self.experience:
-                self.sync_metrics = self.experience.push_weights(buckets, self.version)
-            else:
-                for _ in buckets:  # this rank's part in gathering each bucket
-                    pass
+                self.experience.restart_server()
+            if self._push_weights():
+                return
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""
@@ -139,7 +151,7 @@ class Run:
             groups,
             gathered,
             verb_seconds=self.timer.seconds(),
-            sync=self.sync_metrics,
+            sync=self.experience.sync_metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             model=self.policy.hf,

@@ -1,0 +1,143 @@
+"""`drpo train` as a user runs it: the quickstart recipe with the real server, its death, Ctrl-C, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+pytestmark = [pytest.mark.server, pytest.mark.distributed]
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+LIMIT_S = 300
+
+
+def command(directory: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        *("-m", "drpo_megatron.cli", "train", str(QUICKSTART)),
+        f"tracking.directory={directory}",
+        f"model.path={directory / 'model'}",
+        "name=run",
+        "tracking.wandb=false",
+        *overrides,
+    ]
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def server_process(launcher: int) -> psutil.Process:
+    """The rollout server among the descendants of the process that the test started."""
+    found = [
+        p
+        for p in psutil.Process(launcher).children(recursive=True)
+        if "drpo_megatron.platform.sglang_cpu" in p.cmdline()
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_training_survives_a_dead_server(tmp_path: Path) -> None:
+    """Every metric is there, the engines agree after each sync, a killed server is replaced, the model is exported."""
+    with subprocess.Popen(
+        command(tmp_path, "training.steps=4", "parallel.sequence_parallel=true"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
+        if process.poll() is None:
+            server_process(process.pid).send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    steps = metrics(tmp_path)
+    assert [s["step"] for s in steps] == [0, 1, 2, 3]
+    assert steps[-1]["sync/server_restarts"] == 1
+    for step in steps:
+        assert step["mismatch/abs_dlogp_max"] < 1e-3
+        assert step["ratio/max_abs_dev"] < 1e-3
+        assert step["sync/verified_parameters"] > 0
+        assert step["staleness/max"] == 1  # the second update trains on tokens that the first one's weights sampled
+        assert step["response/truncated_frac"] == 1.0
+    expected = {
+        "loss/mean reward/mean reward/pass@1 drpo/weight_q01 drpo/weight_q50 drpo/weight_q99 drpo/corrective_frac",
+        "drpo/beyond_delta_frac mismatch/k1 mismatch/k3 mismatch/abs_dlogp_mean mismatch/tv mismatch/ess policy/entropy",
+        "staleness/mean perf/step_s perf/generate_s perf/train_s perf/sync_s perf/tokens_per_s perf/tflops_per_gpu",
+        "sync/bytes sync/seconds memory/peak_gb grad_norm lr response/len_mean response/len_max time",
+    }
+    assert {name for line in expected for name in line.split()} <= steps[0].keys()
+
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000003.jsonl").open()]
+    assert len(rollouts) == 32 * 8
+    assert {v for r in rollouts for v in r["weight_versions"]} == {6}  # two updates in each of the three steps before
+    with (
+        safe_open(tmp_path / "model" / "model.safetensors", "pt") as before,
+        safe_open(next((tmp_path / "run" / "hf").glob("*.safetensors")), "pt") as after,
+    ):
+        assert set(before.keys()) == set(after.keys())
+        assert any((before.get_tensor(n) != after.get_tensor(n)).any() for n in before.keys())  # noqa: SIM118
+    assert list((tmp_path / "run" / "tb").iterdir())
+    assert str(tmp_path / "run") in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("victim", ["launcher-ctrl-c", "launcher-killed"])
+def test_nothing_is_left_running(tmp_path: Path, victim: str) -> None:
+    with subprocess.Popen(
+        command(tmp_path, "training.steps=1000"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 5  # torchrun, two ranks, the server and its workers
+        process.send_signal(signal.SIGINT if victim == "launcher-ctrl-c" else signal.SIGKILL)
+        _, errors = process.communicate(timeout=LIMIT_S)
+        _, alive = psutil.wait_procs(family, timeout=60)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    if victim == "launcher-ctrl-c":
+        assert process.returncode == 130
+        assert "nothing is left running" in errors
+
+
+def refused(*arguments: str) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_bad_input_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    assert "rollout.prompts_per_step" in refused(*command(tmp_path, "rollout.prompts_per_steps=4"))
+    assert "num_attention_heads" in refused(*command(tmp_path, "parallel.tensor=3")) or "heads" in refused(
+        *command(tmp_path, "parallel.tensor=3")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    before = set(psutil.pids())
+    done = subprocess.run([*command(tmp_path), "--dry-run"], capture_output=True, text=True, check=True)
+    assert "rank 1: tensor 1" in done.stdout
+    assert "torch.distributed.run" in done.stdout and "--nproc-per-node=2" in done.stdout
+    assert "sglang" in done.stdout
+    assert "updates_per_batch: 2" in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert not [p for p in set(psutil.pids()) - before if psutil.Process(p).ppid() == os.getpid()]

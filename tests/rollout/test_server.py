@@ -1,0 +1,229 @@
+"""One real SGLang server: log-probs, weight sync, verification, its death in a rollout and in a sync.
+
+The tests share one server and run in the order of this file; the last one leaves the server dead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from drpo_megatron import platform
+from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+from drpo_megatron.records import Prompt
+from drpo_megatron.rollout import client
+from drpo_megatron.rollout.driver import RolloutDriver
+from drpo_megatron.rollout.errors import ServerDied, ServerGaveUp, ServerStartError
+from drpo_megatron.rollout.server import SGLangServer
+from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.distributed import DistributedTransport
+from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
+from tests import tiny_models
+from tests.rollout.helpers import largest_logprob_error, make_prompts, perturb, wait_until_gone
+
+pytestmark = pytest.mark.server
+
+SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=24)
+PROMPTS = make_prompts(4, tiny_models.VOCAB_SIZE)
+TOLERANCE = 1e-4  # float32 logits of magnitude 10, computed in another order
+EOS = 2
+
+
+@dataclass
+class Setup:
+    server: SGLangServer
+    driver: RolloutDriver
+    transport: DistributedTransport
+    model: PreTrainedModel
+    config: RolloutConfig
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    path = tmp_path_factory.mktemp("qwen3")
+    model = tiny_models.write("qwen3", path)
+    config = RolloutConfig(
+        prompts_per_step=4,
+        samples_per_prompt=8,
+        sampling=SAMPLING,
+        concurrency=1,
+        server=ServerConfig(max_restarts=1, start_timeout_s=300),
+    )
+    server = SGLangServer(config.server, path, "float32", 0, path / "log" / "server.log")
+    with server:
+        url = server.wait_ready()
+        layout = ServerLayout.from_config(path, 1, torch.float32)
+        sync = SyncConfig(bucket_mb=0.05, timeout_s=60, verify_every=1)
+        transport = DistributedTransport(url, sync, layout, platform.backend(), platform.device())
+        driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
+        yield Setup(server, driver, transport, model, config)
+        transport.close(server_alive=False)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logmu_is_the_log_softmax_at_the_sampling_temperature(setup: Setup, temperature: float) -> None:
+    groups = setup.driver.generate(PROMPTS, 8, SamplingConfig(temperature=temperature, max_new_tokens=24))
+    assert [g.prompt for g in groups] == PROMPTS and all(len(g.rollouts) == 8 for g in groups)
+    assert largest_logprob_error(groups, setup.model, temperature) < TOLERANCE
+    other = 1.7 - temperature
+    assert largest_logprob_error(groups, setup.model, other) > 100 * TOLERANCE
+    assert len({tuple(r.response_ids) for g in groups for r in g.rollouts}) > 24, "samples of a prompt must differ"
+    assert setup.driver.stats.tokens == sum(len(r.response_ids) for g in groups for r in g.rollouts)
+
+
+def test_responses_end_at_eos_at_a_stop_string_or_at_the_limit(setup: Setup) -> None:
+    groups = setup.driver.generate(PROMPTS, 64, SamplingConfig(max_new_tokens=24))
+    rollouts = [r for g in groups for r in g.rollouts]
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] == EOS)
+        assert EOS not in rollout.response_ids[:-1] and len(rollout.response_ids) <= 24
+    letter = next(r.text[0] for r in rollouts if r.text)
+    stopped = setup.driver.generate(PROMPTS, 64, SamplingConfig(max_new_tokens=24, stop=[letter], ignore_eos=True))
+    ended = [r for g in stopped for r in g.rollouts if r.finish_reason == "stop"]
+    assert ended and all(r.text.endswith(letter) and letter not in r.text[:-1] for r in ended)
+    assert all(letter not in r.text for g in stopped for r in g.rollouts if r.finish_reason == "length")
+
+
+def test_a_push_replaces_all_weights_and_stamps_the_version(setup: Setup) -> None:
+    before = setup.driver.generate(PROMPTS)
+    assert {v for g in before for r in g.rollouts for v in r.weight_versions} == {0}
+    for version in (1, 2):
+        perturb(setup.model, version)
+        report = setup.transport.push(setup.model.state_dict().items(), version)
+        tensors = list(setup.model.state_dict().values())
+        assert report.version == version and report.tensors == len(tensors)
+        assert report.bytes == sum(t.nbytes for t in tensors)
+        assert report.buckets > 5, "small buckets: errors at their borders must show"
+        # embeddings, head, last norm; a layer has 2 norms, 2 head norms and 4 projections
+        assert report.verified == 3 + 4 * 8
+        after = setup.driver.generate(PROMPTS)
+        assert {v for g in after for r in g.rollouts for v in r.weight_versions} == {version}
+        assert largest_logprob_error(after, setup.model, SAMPLING.temperature) < TOLERANCE
+        assert largest_logprob_error(before, setup.model, SAMPLING.temperature) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+        "model.layers.1.self_attn.k_norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_one_wrong_element_on_the_wire_is_found(setup: Setup, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flatten = Bucket.flatten
+
+    def flip(bucket: Bucket, device: torch.device) -> torch.Tensor:
+        flat = flatten(bucket, device)
+        if name in bucket.names:
+            end = sum(t.nbytes for t in bucket.tensors[: bucket.names.index(name) + 1])
+            flat[end - 4] ^= 1  # the lowest bit of the last element's mantissa
+        return flat
+
+    monkeypatch.setattr(Bucket, "flatten", flip)
+    with pytest.raises(SyncMismatch, match="values differ") as caught:
+        setup.transport.push(setup.model.state_dict().items(), 3)
+    assert name in caught.value.names and len(caught.value.names) <= 3
+    monkeypatch.undo()
+    assert setup.transport.push(setup.model.state_dict().items(), 3).verified
+
+
+def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
+    name = "model.norm.weight"
+    with pytest.raises(SyncMismatch, match="not sent") as caught:
+        setup.transport.push([(n, t) for n, t in setup.model.state_dict().items() if n != name], 4)
+    assert caught.value.names == [name]
+    setup.transport.push(setup.model.state_dict().items(), 4)
+    assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
+
+
+def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, driver, transport = setup.server, setup.driver, setup.transport
+    asked: list[str] = []
+    body = client.request_body
+
+    def record(prompt: Prompt, samples: int, sampling: SamplingConfig) -> dict[str, Any]:
+        asked.append(prompt.id)
+        return body(prompt, samples, sampling)
+
+    monkeypatch.setattr(client, "request_body", record)
+    prompts = make_prompts(64, tiny_models.VOCAB_SIZE)
+    first_pid = server.pid
+    assert first_pid is not None
+
+    def kill_when_some_are_done() -> None:
+        while len(asked) < 8:  # one request at a time: seven are answered
+            time.sleep(0.001)
+        os.kill(first_pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_when_some_are_done)
+    killer.start()
+    with pytest.raises(ServerDied):
+        driver.generate(prompts)
+    killer.join()
+    assert not server.alive()
+    assert wait_until_gone(first_pid, 10) == [], "the workers of a killed server must end"
+    done = len(prompts) - driver.pending
+    assert 7 <= done < len(prompts)
+
+    transport.reconnect(driver.restart_server())
+    assert server.restarts == 1 and server.pid != first_pid
+    perturb(setup.model, 5)
+    assert transport.push(setup.model.state_dict().items(), 5).verified
+    asked.clear()
+    groups = driver.generate(prompts)
+    assert asked == [p.id for p in prompts[done:]]
+    assert [g.prompt for g in groups] == prompts and driver.pending == 0
+    versions = [{v for r in g.rollouts for v in r.weight_versions} for g in groups]
+    assert versions == [{4}] * done + [{5}] * (len(prompts) - done)
+    assert largest_logprob_error(groups[done:], setup.model, SAMPLING.temperature) < TOLERANCE
+
+    second_pid = server.pid
+    assert second_pid is not None
+    produced = []
+
+    def kill_in_the_middle() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, item in enumerate(setup.model.state_dict().items()):
+            if i == 20:
+                os.kill(second_pid, signal.SIGKILL)
+            produced.append(item[0])
+            yield item
+
+    start = time.monotonic()
+    with pytest.raises(ServerDied):
+        transport.push(kill_in_the_middle(), 6)
+    assert time.monotonic() - start < 15, "a dead server must not be waited for"
+    assert produced == list(setup.model.state_dict()), "ranks that produce the stream together must stay in step"
+    with pytest.raises(ServerGaveUp, match="max_restarts is 1"):
+        driver.restart_server()
+    assert wait_until_gone(second_pid, 10) == []
+
+
+def test_a_start_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServerStartError, match="did you mean max_total_tokens"):
+        SGLangServer(ServerConfig(args={"max_total_token": 9}), tmp_path, "float32", 0, tmp_path / "log")
+    with pytest.raises(ServerStartError, match=r"set rollout\.server\.tensor_parallel"):
+        SGLangServer(ServerConfig(args={"tp_size": 2}), tmp_path, "float32", 0, tmp_path / "log")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = SGLangServer(ServerConfig(port=port), tmp_path, "float32", 0, tmp_path / "log")
+        with pytest.raises(ServerStartError, match=rf"port {port} on 127\.0\.0\.1 is in use.*null for a free one"):
+            server.start()
+    server = SGLangServer(ServerConfig(), tmp_path / "no-such-model", "float32", 0, tmp_path / "log")
+    with server, pytest.raises(ServerStartError, match=r"(?s)ended with status \d+ before.*no-such-model"):
+        server.wait_ready()
+    assert not server.alive() and server.pid is None

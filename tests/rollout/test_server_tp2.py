@@ -1,0 +1,86 @@
+"""A server with two tensor-parallel ranks and tied embeddings, and what it leaves behind when the trainer is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny_models
+from tests.rollout.helpers import largest_logprob_error, make_prompts, members, perturb, wait_until_gone
+
+pytestmark = pytest.mark.server
+
+
+def trainer(path: Path) -> None:
+    """The process that is killed: serve, push twice, generate, print what it saw, and wait."""
+    from transformers import AutoTokenizer
+
+    from drpo_megatron import platform
+    from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+    from drpo_megatron.rollout.driver import RolloutDriver
+    from drpo_megatron.rollout.server import SGLangServer
+    from drpo_megatron.sync.distributed import DistributedTransport
+    from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
+
+    torch.set_num_threads(1)
+    sampling = SamplingConfig(temperature=1.0, max_new_tokens=12)
+    server_config = ServerConfig(tensor_parallel=2)
+    config = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=sampling, server=server_config)
+    server = SGLangServer(server_config, path, "float32", 0, path / "server.log")
+    server.start()
+    model = tiny_models.write("qwen2", path / "copy")
+    url = server.wait_ready()
+    layout = ServerLayout.from_config(path, 2, torch.float32)
+    sync = SyncConfig(bucket_mb=0.05, timeout_s=60)
+    transport = DistributedTransport(url, sync, layout, platform.backend(), platform.device())
+    driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
+    perturb(model, 1)
+    report = transport.push(model.named_parameters(), 1)
+    groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
+    seen = {
+        "pid": server.pid,
+        "verified": report.verified,
+        "error": largest_logprob_error(groups, model, 1.0),
+        "versions": sorted({v for g in groups for r in g.rollouts for v in r.weight_versions}),
+        "processes": len(members(server.pid or 0)),
+        "mismatch": [],
+    }
+    name = "model.layers.2.self_attn.k_proj.bias"
+    try:
+        transport.push([(n, t) for n, t in model.named_parameters() if n != name], 2)
+    except SyncMismatch as error:
+        seen["mismatch"] = error.names
+    print("SEEN " + json.dumps(seen), flush=True)
+    signal.pause()
+
+
+def test_two_ranks_and_a_killed_trainer(tmp_path: Path) -> None:
+    tiny_models.write("qwen2", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from tests.rollout.test_server_tp2 import *; trainer(Path({str(tmp_path)!r}))"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        line = next((text for text in process.stdout if text.startswith("SEEN ")), None)
+        assert line is not None, "the trainer process failed"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    seen = json.loads(line.removeprefix("SEEN "))
+    assert seen["error"] < 1e-4 and seen["versions"] == [1]
+    # embeddings and last norm; a layer has 2 norms, 4 projections and the bias of the first
+    assert seen["verified"] == 2 + 4 * 7
+    layer = "model.layers.2.self_attn."
+    assert sorted(seen["mismatch"]) == [f"{layer}q_proj.bias", f"{layer}v_proj.bias"]
+    assert seen["processes"] >= 4, "server, detokenizer and two schedulers"
+    assert wait_until_gone(seen["pid"], 10) == []
