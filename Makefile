@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SETUP := setup.py $(wildcard requirements/*.txt)
 GPU   := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: install quickstart test lint unit constraints
+.PHONY: install quickstart test lint unit gpu settings constraints
 
 install: $(STAMP)
 
@@ -36,6 +36,13 @@ lint: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
+
+settings: $(STAMP)
+	(head -4 docs/settings.md; $(BIN)/drpo settings) > $(VENV)/settings.md
+	mv $(VENV)/settings.md docs/settings.md
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 constraints: $(STAMP)
 	(head -1 requirements/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > $(VENV)/constraints.txt

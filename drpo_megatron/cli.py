@@ -14,7 +14,7 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 130 interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parse_arguments(arguments)
     try:
         sys.exit(parsed.command(parsed))
     except ConfigError as error:
@@ -22,6 +22,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Exits with 2 and a usage line when they are not a `drpo` command."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positionals at the first option: overrides behind one land here.
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["activate", "backend", "device", "has_cuda", "peak_memory_bytes", "spec_backend"]
+__all__ = ["activate", "backend", "device", "has_cuda", "peak_flops_per_s", "peak_memory_bytes", "spec_backend"]
 
 
 def has_cuda() -> bool:
@@ -59,3 +59,17 @@ def peak_memory_bytes() -> int:
     if has_cuda():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Dense bf16 matrix products without sparsity, FLOP/s, from NVIDIA's data sheets. Longer names first: H200 before H20.
+_PEAK_FLOPS_PER_S = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12}
+
+
+def peak_flops_per_s() -> float | None:
+    """Highest bf16 rate of this process's device, FLOP/s; None where it is not known, as on a CPU."""
+    import torch
+
+    if not has_cuda():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((rate for model, rate in _PEAK_FLOPS_PER_S.items() if model in name), None)

@@ -72,6 +72,11 @@ def sglang_launch_command(
     return [sys.executable, "-m", "drpo_megatron.platform.sglang_cpu", *args], env
 
 
+def feed_forward_multiple(tensor_parallel: int) -> int:
+    """SGLang pads the intermediate size of an MLP to a multiple of this: on CPU to 32 a rank, elsewhere not."""
+    return 1 if platform.has_cuda() else 32 * tensor_parallel
+
+
 def kill_with_parent() -> None:
     """For `preexec_fn`: the kernel kills this process when the thread that started it ends (Linux).
 

@@ -20,6 +20,7 @@ from drpo_megatron.rollout.errors import GenerationError, ServerDied
 
 _BACKOFF_S = 0.5  # before the first retry of a request; it doubles with each
 _DEATH_GRACE_S = 2.0  # a connection breaks before the exit of its process can be seen
+_HEALTH_TIMEOUT_S = 30.0  # SGLang itself gives up on its scheduler after 20
 _FINISH_REASONS = ("stop", "length", "abort")
 
 
@@ -99,10 +100,10 @@ class RolloutClient:
                     failure = f"status {response.status}: {(await response.text())[:500]}"
                     if response.status < 500:
                         raise GenerationError(f"the rollout server refused a request with {failure}")
-            except TimeoutError:
-                failure = f"no answer within {self._config.request_timeout_s:.0f} s"
-            except aiohttp.ClientError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 failure = f"{type(error).__name__}: {error}"
+                if isinstance(error, TimeoutError):
+                    failure = f"no answer within {self._config.request_timeout_s:g} s"
                 if await self._dead(session):
                     raise ServerDied(f"the rollout server is gone ({failure})") from error
             if attempt + 1 < attempts:
@@ -113,14 +114,15 @@ class RolloutClient:
         raise GenerationError(f"a rollout request failed {attempts} times although the server lives; last: {failure}")
 
     async def _dead(self, session: aiohttp.ClientSession) -> bool:
-        """Whether the server's process ended, or it does not accept connections any more."""
+        """Whether the server's process ended, or it does not generate any more."""
         for _ in range(10):
             if not self._alive():
                 return True
             await asyncio.sleep(_DEATH_GRACE_S / 10)
         try:
-            async with session.get(f"{self._url}/model_info", timeout=aiohttp.ClientTimeout(total=20)) as response:
-                return response.status >= 500
+            limit = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+            async with session.get(f"{self._url}/health_generate", timeout=limit) as response:
+                return response.status != 200
         except (aiohttp.ClientError, TimeoutError):
             return True
 

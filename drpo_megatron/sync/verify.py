@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from drpo_megatron.platform.sglang import feed_forward_multiple
 from drpo_megatron.rollout.errors import ServerError
 
 _VOCAB_PADDING = 64  # sglang.srt.layers.vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
@@ -43,12 +44,15 @@ class SyncMismatch(ServerError):
 
 @dataclass(frozen=True)
 class ServerLayout:
-    """What decides how the server lays out a model: tensor-parallel size, dtype, counts of heads and experts."""
+    """What decides how the server lays out a model: its tensor-parallel size and dtype, the model's counts of heads and
+    experts, and the multiple to which the server pads the intermediate size of an MLP.
+    """
 
     tensor_parallel: int
     dtype: torch.dtype
     num_key_value_heads: int
     num_experts: int = 0
+    feed_forward_multiple: int = 1
 
     @classmethod
     def from_config(cls, model_path: Path, tensor_parallel: int, dtype: torch.dtype) -> ServerLayout:
@@ -60,6 +64,7 @@ class ServerLayout:
             dtype,
             config.get("num_key_value_heads") or config["num_attention_heads"],
             next((count for count in experts if count), 0),
+            feed_forward_multiple(tensor_parallel),
         )
 
 
@@ -132,17 +137,24 @@ class ExpectedChecksums:
         """The part of a Hugging Face tensor that `rank` of the server holds."""
         ranks = self._layout.tensor_parallel
         if name in (_EMBEDDING, _HEAD):
-            return _vocabulary_shard(whole, rank, ranks)
+            # the vocabulary is padded to the multiple, or to the multiple a rank where the ranks do not divide that
+            padded = -(-whole.shape[0] // _VOCAB_PADDING) * _VOCAB_PADDING
+            return _padded_shard(whole, 0, rank, ranks, _VOCAB_PADDING * (ranks if padded % ranks else 1))
         match = _PROJECTION.match(name)
-        if match is None or ranks == 1:
+        if match is None:
             return whole
         projection, kind = match["projection"], match["kind"]
+        if projection in ("o_proj", "down_proj") and kind == "bias":
+            return whole
+        if projection in ("gate_proj", "up_proj", "down_proj"):
+            dim = 1 if projection == "down_proj" else 0
+            return _padded_shard(whole, dim, rank, ranks, self._layout.feed_forward_multiple)
+        if projection == "o_proj":
+            return _even_shard(name, whole, 1, rank, ranks)
         if projection in ("k_proj", "v_proj") and (heads := self._layout.num_key_value_heads) < ranks:
             return _even_shard(name, whole, 0, rank * heads // ranks, heads)
-        if projection in _FUSED:
+        if projection in ("q_proj", "k_proj", "v_proj"):
             return _even_shard(name, whole, 0, rank, ranks)
-        if projection in ("o_proj", "down_proj"):
-            return _even_shard(name, whole, 1, rank, ranks) if kind == "weight" else whole
         return whole
 
     @staticmethod
@@ -192,13 +204,17 @@ def _even_shard(name: str, whole: torch.Tensor, dim: int, index: int, shards: in
     return whole.narrow(dim, index * size, size)
 
 
-def _vocabulary_shard(whole_VH: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """Rows of one rank of the padded vocabulary; padding rows are zero."""
-    padding = _VOCAB_PADDING
-    if (-(-whole_VH.shape[0] // padding) * padding) % ranks:
-        padding *= ranks
-    rows = -(-whole_VH.shape[0] // padding) * padding // ranks
-    shard = whole_VH[rank * rows : (rank + 1) * rows]
-    if shard.shape[0] == rows:
+def _padded_shard(whole: torch.Tensor, dim: int, rank: int, ranks: int, multiple: int) -> torch.Tensor:
+    """One rank's part of a tensor that is padded with zeros to a multiple along `dim` and then divided evenly."""
+    size = whole.shape[dim]
+    padded = -(-size // multiple) * multiple
+    if padded % ranks:
+        raise ValueError(f"a dimension of {size} does not divide into {ranks} tensor-parallel ranks of the server")
+    rows = padded // ranks
+    start, stop = min(rank * rows, size), min((rank + 1) * rows, size)
+    shard = whole.narrow(dim, start, stop - start)
+    if stop - start == rows:
         return shard
-    return torch.cat([shard, shard.new_zeros(rows - shard.shape[0], *whole_VH.shape[1:])])
+    shape = list(whole.shape)
+    shape[dim] = rows - (stop - start)
+    return torch.cat([shard, whole.new_zeros(shape)], dim)

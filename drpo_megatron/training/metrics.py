@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from drpo_megatron.algorithms import TokenStats, fraction_without_signal, summarize
@@ -25,9 +26,10 @@ def step_metrics(
     sync: Metrics,
     skipped_updates: int,
     peak_memory_bytes: int,
+    peak_flops_per_s: float | None,
     model: HFModelConfig,
 ) -> Metrics:
-    """Names as in the README's table. `results_by_rank[rank][update]`; token statistics come from the ranks that have
+    """Names as in docs/metrics.md. `results_by_rank[rank][update]`; token statistics come from the ranks that have
     them.
     """
     updates = [
@@ -42,9 +44,9 @@ def step_metrics(
     metrics |= {name: value for name, value in first.items() if name.startswith(FIRST_UPDATE)}
     last = results_by_rank[0][-1]
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
-    return (
-        metrics | _rollout_metrics(groups) | _performance(config, groups, verb_seconds, model, peak_memory_bytes) | sync
-    )
+    performance = _performance(config, groups, verb_seconds, model)
+    performance["perf/mfu"] = performance["perf/tflops_per_gpu"] * 1e12 / (peak_flops_per_s or math.nan)
+    return metrics | _rollout_metrics(groups) | performance | {"memory/peak_gb": peak_memory_bytes / 1e9} | sync
 
 
 def _rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
@@ -69,7 +71,6 @@ def _performance(
     groups: Sequence[RolloutGroup],
     verb_seconds: Mapping[str, float],
     model: HFModelConfig,
-    peak_memory_bytes: int,
 ) -> Metrics:
     """Rates are per second of the verb they belong to; `perf/tokens_per_s` counts trained positions over the whole
     step.
@@ -85,5 +86,4 @@ def _performance(
         "perf/generate_tokens_per_s": sampled / verb_seconds["generate"],
         "perf/train_tokens_per_s": sum(lengths) / verb_seconds["train"],
         "perf/tflops_per_gpu": flops_per_s_rank / 1e12,
-        "memory/peak_gb": peak_memory_bytes / 1e9,
     }

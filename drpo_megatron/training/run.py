@@ -12,7 +12,7 @@ import torch.distributed as dist
 from drpo_megatron.algorithms import compute_advantages
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.observability import Tracker, VerbTimer, progress_display
-from drpo_megatron.platform import peak_memory_bytes
+from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group
 from drpo_megatron.records import RolloutGroup
 from drpo_megatron.training.experience import Experience
@@ -154,6 +154,7 @@ class Run:
             sync=self.experience.sync_metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
+            peak_flops_per_s=peak_flops_per_s(),
             model=self.policy.hf,
         )
         self.tracker.log(self.step, metrics)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import tiny_models
 from tests.rollout.helpers import largest_logprob_error, make_prompts, members, perturb, wait_until_gone
@@ -30,6 +31,9 @@ def trainer(path: Path) -> None:
     from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
 
     torch.set_num_threads(1)
+    # as under torchrun: a default group exists, and rendezvous would go to the agent's store
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=12)
     server_config = ServerConfig(tensor_parallel=2)
     config = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=sampling, server=server_config)

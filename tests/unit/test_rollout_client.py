@@ -58,7 +58,7 @@ def serve(handler: Handler, job: GenerationJob, settings: RolloutConfig, alive: 
     async def main() -> None:
         app = web.Application()
         app.router.add_post("/generate", handler)
-        app.router.add_get("/model_info", lambda request: _empty())
+        app.router.add_get("/health_generate", lambda request: healthy())
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -69,7 +69,7 @@ def serve(handler: Handler, job: GenerationJob, settings: RolloutConfig, alive: 
         finally:
             await runner.cleanup()
 
-    async def _empty() -> web.Response:
+    async def healthy() -> web.Response:
         return web.json_response({})
 
     asyncio.run(main())

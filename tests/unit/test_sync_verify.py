@@ -96,6 +96,23 @@ def test_one_changed_element_of_any_tensor_is_found_and_named(tp: int) -> None:
             assert name in caught.value.names and len(caught.value.names) <= 3
 
 
+def test_a_padded_intermediate_size() -> None:
+    mlp = LAYER + "mlp."
+    hf = {name: tensor for name, tensor in dense().items() if name.startswith(mlp)}
+    reported = []
+    for rank in (0, 1):  # 12 columns are padded to 20 and divided by two
+        gate_up, down = torch.zeros(20, HIDDEN), torch.zeros(HIDDEN, 10)
+        for column in range(10 * rank, min(10 * rank + 10, FFN)):
+            gate_up[column - 10 * rank] = hf[mlp + "gate_proj.weight"][column]
+            gate_up[10 + column - 10 * rank] = hf[mlp + "up_proj.weight"][column]
+            down[:, column - 10 * rank] = hf[mlp + "down_proj.weight"][:, column]
+        reported.append({mlp + "gate_up_proj.weight": sha(gate_up), mlp + "down_proj.weight": sha(down)})
+    expected = ExpectedChecksums(ServerLayout(2, torch.float32, KV_HEADS, feed_forward_multiple=20), CPU)
+    for name, tensor in hf.items():
+        expected.add(name, tensor)
+    assert expected.verify(reported) == 2
+
+
 def test_the_server_dtype_counts() -> None:
     hf = dense()
     half = {name: tensor.bfloat16() for name, tensor in hf.items()}
