@@ -79,13 +79,13 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
         assert step["sync/verified_parameters"] > 0
         assert step["staleness/max"] == 1  # the second update trains on tokens that the first one's weights sampled
         assert step["response/truncated_frac"] == 1.0
-    expected = {
-        "loss/mean reward/mean reward/pass@1 drpo/weight_q01 drpo/weight_q50 drpo/weight_q99 drpo/corrective_frac",
-        "drpo/beyond_delta_frac mismatch/k1 mismatch/k3 mismatch/abs_dlogp_mean mismatch/tv mismatch/ess perf/mfu",
-        "policy/entropy staleness/mean perf/step_s perf/generate_s perf/train_s perf/sync_s perf/tokens_per_s perf/tflops_per_gpu",
-        "sync/bytes sync/seconds memory/peak_gb grad_norm lr response/len_mean response/len_max time",
-    }
-    assert {name for line in expected for name in line.split()} <= steps[0].keys()
+    expected = (
+        "loss/mean reward/mean reward/pass@1 drpo/weight_q01 drpo/weight_q50 drpo/weight_q99 drpo/corrective_frac "
+        "drpo/beyond_delta_frac mismatch/k1 mismatch/k3 mismatch/abs_dlogp_mean mismatch/tv mismatch/ess "
+        "policy/entropy staleness/mean perf/step_s perf/generate_s perf/train_s perf/sync_s perf/tokens_per_s perf/mfu "
+        "perf/tflops_per_gpu sync/bytes sync/seconds memory/peak_gb grad_norm lr response/len_mean response/len_max time"
+    )
+    assert set(expected.split()) <= steps[0].keys()
 
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000003.jsonl").open()]
     assert len(rollouts) == 32 * 8
@@ -115,21 +115,6 @@ def test_nothing_is_left_running(tmp_path: Path, victim: str) -> None:
     if victim == "launcher-ctrl-c":
         assert process.returncode == 130
         assert "nothing is left running" in errors
-
-
-def refused(*arguments: str) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_bad_input_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    assert "rollout.prompts_per_step" in refused(*command(tmp_path, "rollout.prompts_per_steps=4"))
-    assert "num_attention_heads" in refused(*command(tmp_path, "parallel.tensor=3")) or "heads" in refused(
-        *command(tmp_path, "parallel.tensor=3")
-    )
-    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
