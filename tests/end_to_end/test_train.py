@@ -82,8 +82,9 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
     expected = (
         "loss/mean reward/mean reward/pass@1 drpo/weight_q01 drpo/weight_q50 drpo/weight_q99 drpo/corrective_frac "
         "drpo/beyond_delta_frac mismatch/k1 mismatch/k3 mismatch/abs_dlogp_mean mismatch/tv mismatch/ess "
-        "policy/entropy staleness/mean perf/step_s perf/generate_s perf/train_s perf/sync_s perf/tokens_per_s perf/mfu "
-        "perf/tflops_per_gpu sync/bytes sync/seconds memory/peak_gb grad_norm lr response/len_mean response/len_max time"
+        "policy/entropy staleness/mean perf/step_s perf/generate_s perf/train_s perf/sync_s perf/tokens_per_s "
+        "perf/mfu perf/tflops_per_gpu sync/bytes sync/seconds memory/peak_gb grad_norm lr "
+        "response/len_mean response/len_max time"
     )
     assert set(expected.split()) <= steps[0].keys()
 
