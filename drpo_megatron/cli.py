@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from drpo_megatron.config import ConfigError, RunConfig, check_config, dump_config, load_config, setting_reference
+from drpo_megatron.config import ConfigError, RunConfig, check_config, dump_config, load_config, notes, setting_reference
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -85,6 +85,8 @@ def _train(parsed: argparse.Namespace) -> int:
         server_command, _ = server_of(config).command(config.rollout.server.port or 0)
     except ServerStartError as error:
         raise ConfigError([f"rollout.server: {error}"]) from error
+    for note in notes(config):
+        print(f"note: {note}")
     if parsed.dry_run:
         print(dump_config(config))
         print(local.describe(config, config.layout, server_command))

@@ -34,6 +34,17 @@ def check_config(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
+def notes(config: RunConfig) -> list[str]:
+    """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
+    delta = config.algorithm.loss_args.get("delta")
+    if isinstance(delta, int | float) and delta >= 1:
+        return [
+            f"algorithm.loss_args.delta is {delta}, and |π − μ| is at most 1: the boundary of the trust region is never "
+            f"reached, and weights stay within 1 ± {1 / delta:.3g}"
+        ]
+    return []
+
+
 def _parallel(config: RunConfig) -> Iterator[str]:
     try:
         _ = config.layout

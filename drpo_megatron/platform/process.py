@@ -8,18 +8,22 @@ import os
 import signal
 import subprocess
 
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec only the call itself is safe
 
 
 def die_with_parent() -> None:
     """For `preexec_fn`: the kernel sends SIGTERM to this process when the thread that started it ends (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def killed_with_parent() -> None:
+    """The same with SIGKILL, for a child that would finish its work on SIGTERM."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def stop_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """End a process started with `start_new_session=True` and all of its group: SIGTERM, then SIGKILL after
-    `timeout_s`.
-    """
+    """End a process started with `start_new_session=True` and its group: SIGTERM, then SIGKILL after `timeout_s`."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):  # the SIGKILL below ends what is left

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,8 +34,6 @@ _TORCHRUN_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec only the call itself is safe
 
 
 def sglang_default_args() -> dict[str, Any]:
@@ -75,11 +71,3 @@ def sglang_launch_command(
 def feed_forward_multiple(tensor_parallel: int) -> int:
     """SGLang pads the intermediate size of an MLP to a multiple of this: on CPU to 32 a rank, elsewhere not."""
     return 1 if platform.has_cuda() else 32 * tensor_parallel
-
-
-def kill_with_parent() -> None:
-    """For `preexec_fn`: the kernel kills this process when the thread that started it ends (Linux).
-
-    SIGKILL, because on SIGTERM SGLang first finishes its requests. Its workers have the same bond with it.
-    """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -12,8 +12,8 @@ from typing import Any
 import requests
 
 from drpo_megatron.config.schema import RunConfig, ServerConfig
-from drpo_megatron.platform.process import stop_group
-from drpo_megatron.platform.sglang import kill_with_parent, sglang_default_args, sglang_launch_command
+from drpo_megatron.platform.process import killed_with_parent, stop_group
+from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
 from drpo_megatron.rollout.errors import ServerGaveUp, ServerStartError
 from drpo_megatron.rollout.server_args import check_arguments, command_line
 
@@ -104,7 +104,8 @@ class SGLangServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=kill_with_parent,
+                # On SIGTERM SGLang first finishes its requests. Its workers have the same bond with it.
+                preexec_fn=killed_with_parent,
             )
 
     def wait_ready(self) -> str:

@@ -33,7 +33,7 @@ def installed_arguments() -> dict[str, str]:
             if isinstance(record, ast.ClassDef):
                 arguments.update(_fields(record))
     if "model_path" not in arguments:
-        raise ServerStartError(f"no SGLang arguments found in {folder}: install the SGLang version of pyproject.toml")
+        raise ServerStartError(f"no SGLang arguments found in {folder}: install the version that setup.py names")
     return arguments
 
 

@@ -191,7 +191,7 @@ def _cuda_tensor_hash() -> Callable[[torch.Tensor], int]:
     source = Path(package.origin).parent / "kernels" / "ops" / "memory" / "gpu_tensor_hash.py"
     spec = importlib.util.spec_from_file_location("_sglang_gpu_tensor_hash", source)
     if spec is None or spec.loader is None:
-        raise RuntimeError(f"{source} is missing: install the SGLang version of pyproject.toml")
+        raise RuntimeError(f"{source} is missing: install the version that setup.py names")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.gpu_tensor_hash

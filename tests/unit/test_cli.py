@@ -94,6 +94,15 @@ def test_unknown_recipe(refuse: Refuse) -> None:
     assert "tiny_qwen3" in refuse("model.recipe=tiny_qwen4")
 
 
+def test_a_boundary_out_of_reach_is_mentioned(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["train", str(QUICKSTART), f"model.path={model}", "model.recipe=null", "--dry-run"]
+    for delta, mentioned in (("12.5", True), ("0.9", False)):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([*base, f"algorithm.loss_args={{delta: {delta}}}"])
+        assert exit_info.value.code == 0
+        assert ("never reached" in capsys.readouterr().out) == mentioned
+
+
 def test_overrides_may_stand_behind_options() -> None:
     parsed = cli.parse_arguments(["train", "a.yaml", "x.y=1", "--dry-run", "z=2"])
     assert parsed.dry_run and parsed.overrides == ["x.y=1", "z=2"]
