@@ -7,7 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from drpo_megatron.config import ConfigError, RunConfig, check_config, dump_config, load_config, notes, setting_reference
+from drpo_megatron.config import (
+    ConfigError,
+    RunConfig,
+    check_config,
+    dump_config,
+    load_config,
+    notes,
+    setting_reference,
+)
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 

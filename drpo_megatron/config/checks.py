@@ -39,8 +39,8 @@ def notes(config: RunConfig) -> list[str]:
     delta = config.algorithm.loss_args.get("delta")
     if isinstance(delta, int | float) and delta >= 1:
         return [
-            f"algorithm.loss_args.delta is {delta}, and |π − μ| is at most 1: the boundary of the trust region is never "
-            f"reached, and weights stay within 1 ± {1 / delta:.3g}"
+            f"algorithm.loss_args.delta is {delta}, and |π − μ| is at most 1: the boundary of the trust region is "
+            f"never reached, and weights stay within 1 ± {1 / delta:.3g}"
         ]
     return []
 

@@ -127,3 +127,23 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert "updates_per_batch: 2" in done.stdout
     assert not (tmp_path / "run").exists()
     assert not [p for p in set(psutil.pids()) - before if psutil.Process(p).ppid() == os.getpid()]
+
+
+def test_a_real_model_over_two_pipeline_stages(tmp_path: Path) -> None:
+    """SmolLM2: converted from its package, split into stages, gathered from them for the server and for the export."""
+    config = ROOT / "configs" / "smollm2-arithmetic.yaml"
+    overrides = [
+        f"tracking.directory={tmp_path}",
+        f"model.path={tmp_path / 'model'}",
+        "tracking.wandb=false",
+        "rollout.prompts_per_step=4",
+        "rollout.samples_per_prompt=2",
+        "training.steps=2",
+    ]
+    arguments = [sys.executable, "-m", "drpo_megatron.cli", "train", str(config), *overrides]
+    subprocess.run(arguments, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    path = tmp_path / "smollm2-arithmetic"
+    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    assert all(s["mismatch/abs_dlogp_max"] < 1e-3 and s["ratio/max_abs_dev"] < 1e-3 for s in steps)
+    assert (path / "hf" / "tokenizer.json").exists()
