@@ -75,6 +75,8 @@ def _prepare(config: RunConfig) -> None:
     if config.model.recipe is not None:
         from drpo_megatron.models.recipes import ensure_model
 
+        if not config.model.path.exists():
+            print(f"making {config.model.path} with the recipe {config.model.recipe}", flush=True)
         try:
             ensure_model(config.model.recipe, config.model.path)
         except (ValueError, OSError) as error:

@@ -10,9 +10,7 @@ for candidate in "${candidates[@]}"; do
   path=$("$candidate" -c 'import sys, venv; print(sys.executable if sys.version_info[:2] == (3, 12) else "")' 2>/dev/null)
   if [ -n "$path" ]; then echo "$path"; exit 0; fi
 done
-cat >&2 <<'MESSAGE'
-Python 3.12 with its venv module is needed and was not found. Install it, for example with one of
+echo >&2 'Python 3.12 with its venv module is needed and was not found. Install it, for example with one of
     apt-get install python3.12 python3.12-venv     pyenv install 3.12     uv python install 3.12
-or name it: make PYTHON=/path/to/python3.12
-MESSAGE
+or name it: make PYTHON=/path/to/python3.12'
 exit 1

@@ -132,6 +132,9 @@ def ensure_model(recipe: str, path: str | Path, seed: int = 1) -> Path:
     path = Path(path)
     stamp = f"{recipe} seed {seed}\n"
     if not path.exists():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
