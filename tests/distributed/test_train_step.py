@@ -132,31 +132,22 @@ def update_on_ranks(model_path: str, parallels: list[dict[str, Any]], sequences:
 
 
 @pytest.mark.parametrize(
-    ("world", "parallels"),
+    ("family", "world", "parallels"),
     [
-        (
-            2,
-            [
-                {"tensor": 2},
-                {"tensor": 2, "sequence_parallel": True},
-                {"pipeline": 2},
-                {"data": 2},
-            ],
-        ),
-        (
-            4,
-            [
-                {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
-                {"tensor": 2, "data": 2},
-                {"pipeline": 2, "data": 2},
-            ],
-        ),
+        # tied embeddings: two gradients for one weight, on two stages
+        ("qwen2", 2, [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"data": 2}]),
+        ("qwen2", 4, [{"tensor": 2, "pipeline": 2, "sequence_parallel": True}, {"tensor": 2, "data": 2}]),
+        # norms on heads: replicated weights whose gradients are partial on each tensor-parallel rank
+        ("qwen3", 2, [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}]),
+        ("llama", 4, [{"pipeline": 2, "data": 2}]),
     ],
-    ids=["two-ranks", "four-ranks"],
+    ids=["qwen2-two-ranks", "qwen2-four-ranks", "qwen3-two-ranks", "llama-four-ranks"],
 )
-def test_update_equals_the_unsharded_one(tmp_path: Path, world: int, parallels: list[dict[str, Any]]) -> None:
-    path = tmp_path / "qwen2"  # tied embeddings: two gradients for one weight, on two stages
-    write("qwen2", path)
+def test_update_equals_the_unsharded_one(
+    tmp_path: Path, family: str, world: int, parallels: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / family
+    write(family, path)
     sequences = make_sequences(VOCAB_SIZE)
     expected = reference_update(path, sequences)
     tokens = sum(int(s.sampled_L.sum()) for s in sequences)
