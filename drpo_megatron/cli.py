@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from drpo_megatron.bench import BENCHES, run_bench
 from drpo_megatron.config import (
     ConfigError,
     RunConfig,
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, required=True, metavar="PNG")
 
     bench = command("bench", _bench, "Measure.")
-    bench.add_argument("name", choices=["step"])
+    bench.add_argument("name", choices=BENCHES)
     bench.add_argument("--json", action="store_true", help="print one JSON object last on stdout")
     return parser
 
@@ -135,8 +136,6 @@ def _plot(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from drpo_megatron.bench import run_bench
-
     return run_bench(parsed.name, as_json=parsed.json)
 
 

@@ -134,6 +134,22 @@ class RolloutConfig(Section):
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
 
 
+class ProjectionConfig(Section):
+    backend: Literal["fused", "dense"] = "fused"
+    """How hidden states become the loss: one operation that never holds [tokens, vocabulary], or autograd over whole
+    logits, the reference."""
+    memory_budget_mb: int = Field(256, gt=0)
+    """Memory for the logits in flight on one rank, in MiB; it decides how many tokens are a chunk. Fused only."""
+    tail_tolerance: float = Field(0.0, ge=0, lt=1)
+    """Leave columns with almost no gradient out of the backward products, as long as a bound on the relative error of
+    both gradients stays below this. The error is several times smaller than the bound. 0: exact. Fused only."""
+
+    @property
+    def memory_budget(self) -> int:
+        """In bytes."""
+        return self.memory_budget_mb * 2**20
+
+
 class AlgorithmConfig(Section):
     loss: str = "drpo"
     """A loss of algorithms/losses.py."""
@@ -147,6 +163,7 @@ class AlgorithmConfig(Section):
     """Advantage inside a group. `mean` (reward − group mean) is the paper's."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
+    projection: ProjectionConfig = Field(default_factory=lambda: ProjectionConfig())
 
 
 class ParallelConfig(Section):

@@ -46,6 +46,7 @@ def step_metrics(
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
     performance = _performance(config, groups, verb_seconds, model)
     performance["perf/mfu"] = performance["perf/tflops_per_gpu"] * 1e12 / (peak_flops_per_s or math.nan)
+    metrics["loss/tail_bound"] = max(result.tail_bound for results in results_by_rank for result in results)
     return metrics | _rollout_metrics(groups) | performance | {"memory/peak_gb": peak_memory_bytes / 1e9} | sync
 
 

@@ -12,28 +12,31 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from drpo_megatron.algorithms import LossFunction, LossInputs, TokenStats, evaluate, make_loss
+from drpo_megatron.algorithms import TokenStats
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.builder import build_model, forward_packed, output_weight
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform import device, spec_backend
 from drpo_megatron.records import TrainBatch
+from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
 from drpo_megatron.training.packing import TrainSequence, pack
-from drpo_megatron.vocab_parallel import project_logprobs
 from drpo_megatron.weights.importer import load_hf
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update leaves behind. stats: this rank's tokens, None except on tensor rank 0 of the last pipeline
-    stage.
+    """What one update leaves behind.
+
+    stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. tail_bound: the
+    largest relative bound on the gradient error of this rank's sparse backward, 0 when exact.
     """
 
     stats: TokenStats | None
     grad_norm: float
     applied: bool
     learning_rate: float
+    tail_bound: float
 
 
 class Policy:
@@ -56,7 +59,7 @@ class Policy:
         self.chunks = wrap_data_parallel(self.modules, config.optimizer.distributed)
         self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
         self.guard = UpdateGuard(limit=config.training.max_skipped_updates)
-        self.loss_function: LossFunction = make_loss(config.algorithm.loss, config.algorithm.loss_args)
+        self.objective = Objective(config, self.hf.vocab_size)
         self.forward_backward = get_forward_backward_func()
 
     def update(self, sequences: list[TrainSequence], version: int) -> UpdateResult:
@@ -78,7 +81,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro_batches = [b.to(device()) for b in micro_batches]
-        stats = self.forward_backward(
+        reports: list[MicroBatchReport] = self.forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
@@ -91,8 +94,12 @@ class Policy:
         self.guard.record(applied)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         self.scheduler.step(increment=1)
-        reports = bool(stats) and parallel_state.get_tensor_model_parallel_rank() == 0
-        return UpdateResult(TokenStats.cat(stats) if reports else None, grad_norm, applied, learning_rate)
+        stats = None
+        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+            # One copy off the device: the record travels to rank 0 as a Python object.
+            stats = TokenStats.from_matrix(TokenStats.cat([r.stats for r in reports]).matrix().cpu())
+        tail_bound = max((r.tail_bound for r in reports), default=0.0)
+        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound)
 
     def _forward_step(self, batches: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, object]:
         batch = next(batches)
@@ -101,34 +108,7 @@ class Policy:
 
     def _loss(
         self, batch: TrainBatch, model: torch.nn.Module, hidden_1TH: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, TokenStats]:
-        """(loss, number of trained tokens, diagnostics) of one micro-batch: the 3-tuple of Megatron's schedule.
-
-        N is the number of positions whose label the policy sampled; only those are projected to the vocabulary.
-        """
-        mask_T = batch.mask_T
-        logp_N, entropy_N = project_logprobs(
-            hidden_1TH.squeeze(0),
-            output_weight(model),
-            batch.labels_T,
-            mask_T=mask_T,
-            group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.layout.sequence_parallel,
-            temperature=self.config.rollout.sampling.temperature,
-            vocab_size=self.hf.vocab_size,
-        )
-        inputs = LossInputs(
-            logp_T=logp_N,
-            logmu_T=batch.logmu_T[mask_T],
-            advantages_T=batch.advantages_T[mask_T],
-            mask_T=torch.ones_like(logp_N, dtype=torch.bool),
-            sequence_ids_T=batch.sequence_ids_T[mask_T],
-            num_sequences=batch.num_sequences,
-        )
-        outputs = evaluate(self.loss_function, inputs)
-        weights_N = batch.weights_T[mask_T]
-        loss = (weights_N * outputs.loss_T).sum()
-        if self.config.algorithm.entropy_coefficient:
-            loss = loss - self.config.algorithm.entropy_coefficient * (weights_N * entropy_N).sum()
-        stats = TokenStats.of(inputs, outputs, entropy_N, weights_N, batch.staleness_T[mask_T])
-        return loss, mask_T.sum().int(), stats
+    ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchReport]:
+        """(loss, number of trained tokens, diagnostics) of one micro-batch: the 3-tuple of Megatron's schedule."""
+        loss, report = self.objective(batch, hidden_1TH.squeeze(0), output_weight(model))
+        return loss, batch.mask_T.sum().int(), report

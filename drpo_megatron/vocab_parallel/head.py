@@ -1,7 +1,4 @@
-"""From hidden states to log-probabilities: output projection, log-prob and entropy as one operation.
-
-This is the only place where the vocabulary is touched in training, and the seam for a kernel that fuses it: a
-replacement keeps the signature of `project_logprobs` and nothing outside changes.
+"""From hidden states to log-probabilities by autograd over whole logits: the reference of the fused operation.
 
 Memory held for the backward pass, with N the number of trained tokens of the micro-batch: the hidden states [N, H] and
 the logits of this rank's shard [N, V/tp] in the weight's dtype; the backward pass adds their gradient of the same
@@ -45,6 +42,20 @@ def project_logprobs(
     The weight's gradient is the shard's own. The hidden gradient is summed over the group: an all-reduce of [N, H], or
     the reduce-scatter of [T, H] that belongs to the sequence-parallel gather.
     """
+    hidden_NH = select_tokens(hidden_TH, targets_T, mask_T, group, sequence_parallel)
+    logits_NV = linear(hidden_NH, weight_VH)
+    return vocab_parallel_logprob_entropy(
+        logits_NV, targets_T[mask_T], group=group, vocab_size=vocab_size, temperature=temperature
+    )
+
+
+def select_tokens(
+    hidden_TH: Tensor, targets_T: Tensor, mask_T: Tensor, group: ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
+    """The masked-in tokens' hidden states [N, H], whose gradient is summed over the group on its way back.
+
+    Raises ValueError when hidden states and targets do not match in length.
+    """
     if sequence_parallel and group is not None:
         hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=group)
     if not len(hidden_TH) == len(targets_T) == len(mask_T):
@@ -56,7 +67,4 @@ def project_logprobs(
     if group is not None and not sequence_parallel:
         # After the selection, so that only trained tokens travel in the backward pass.
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
-    logits_NV = linear(hidden_NH, weight_VH)
-    return vocab_parallel_logprob_entropy(
-        logits_NV, targets_T[mask_T], group=group, vocab_size=vocab_size, temperature=temperature
-    )
+    return hidden_NH

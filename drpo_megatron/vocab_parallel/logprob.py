@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from drpo_megatron.vocab_parallel.chunks import check_shard
+
 BLOCK_ELEMENTS = 2**23
 """Logits processed at a time: the float32 scratch is a few times 32 MiB, whatever T and V are."""
 
@@ -44,13 +46,7 @@ def vocab_parallel_logprob_entropy(
     Raises ValueError when the shards are too small for `vocab_size` or the temperature is not positive.
     """
     ranks = 1 if group is None else group.size()
-    if logits_TV.shape[-1] * ranks < vocab_size:
-        raise ValueError(
-            f"{ranks} shards of {logits_TV.shape[-1]} columns cannot hold a vocabulary of {vocab_size}: "
-            "pass the vocabulary's shard on each rank and the group they are sharded over"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: greedy rollouts have no log-probability")
+    check_shard(logits_TV.shape[-1], ranks, vocab_size, temperature)
     logp_T, entropy_T = _LogprobEntropy.apply(logits_TV, targets_T, group, vocab_size, temperature)
     return logp_T, entropy_T
 
@@ -71,7 +67,7 @@ class _LogprobEntropy(torch.autograd.Function):
             torch.distributed.all_gather_single(stats_RT4.flatten(0, 1), stats_T4, group=group)
         else:
             stats_RT4 = stats_T4.unsqueeze(0)
-        logp_T, entropy_T, log_normalizer_T = _merge(stats_RT4)
+        logp_T, entropy_T, log_normalizer_T = merge_statistics(stats_RT4)
 
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits_TV, targets_T, log_normalizer_T, entropy_T)
@@ -83,7 +79,7 @@ class _LogprobEntropy(torch.autograd.Function):
         grad_logp_T, grad_entropy_T = grads
         logits_TV, targets_T, log_normalizer_T, entropy_T = ctx.saved_tensors
         grad_TV = torch.zeros_like(logits_TV)  # padding columns stay zero
-        owned_T, column_T = _owned(targets_T - ctx.first, ctx.valid)
+        owned_T, column_T = owned_targets(targets_T - ctx.first, ctx.valid)
         for rows in _blocks(logits_TV) if ctx.valid else ():
             log_p_bV = _scaled(logits_TV[rows, : ctx.valid], ctx.temperature).sub_(log_normalizer_T[rows, None])
             p_bV = log_p_bV.exp()
@@ -110,7 +106,7 @@ def _local_statistics(logits_TV: Tensor, local_targets_T: Tensor, valid: int, te
         q_T.zero_()
         g_T.fill_(-torch.inf)
         return stats_T4
-    owned_T, column_T = _owned(local_targets_T, valid)
+    owned_T, column_T = owned_targets(local_targets_T, valid)
     for rows in _blocks(logits_TV):
         z_bV = _scaled(logits_TV[rows, :valid], temperature)
         z_b = z_bV.gather(1, column_T[rows, None]).squeeze(1)
@@ -123,7 +119,7 @@ def _local_statistics(logits_TV: Tensor, local_targets_T: Tensor, valid: int, te
     return stats_T4
 
 
-def _merge(stats_RT4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge_statistics(stats_RT4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of all ranks to (logπ, entropy, log normalizer), each [T]."""
     m_RT, s_RT, q_RT, g_RT = stats_RT4.unbind(2)
     m_T = m_RT.amax(0)
@@ -137,7 +133,7 @@ def _merge(stats_RT4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logp_T, log_s_T - q_T / log_s_T.exp(), log_normalizer_T
 
 
-def _owned(local_targets_T: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+def owned_targets(local_targets_T: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """Whether this shard holds the target, and a column that is safe to index in either case."""
     owned_T = (local_targets_T >= 0) & (local_targets_T < valid)
     return owned_T, torch.where(owned_T, local_targets_T, 0)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from drpo_megatron.bench import loss
+
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
 
@@ -26,3 +28,11 @@ def test_step() -> None:
     assert 0.8 < sum(shares.values()) < 1.2  # medians of shares that add up to 1 in each step
     assert figures["generate_tokens_per_s"] > 0 and figures["train_tokens_per_s"] > 0
     assert 0.3 < figures["drpo_over_cross_entropy"] < 3
+
+
+@pytest.mark.parametrize(("ranks", "task"), [(2, "bare"), (1, "dense"), (1, "mcore"), (1, "memory-fused")])
+def test_loss_workers(ranks: int, task: str) -> None:
+    """Each way runs and reports; the sizes that count are the bench's own."""
+    samples = loss._worker(ranks, 64, task, vocabulary=512, tokens=256)
+    assert len(samples) == (1 if task.startswith("memory") else loss.REPETITIONS)
+    assert all(s >= 0 for s in samples)

@@ -1,0 +1,84 @@
+"""The Triton kernels under Triton's interpreter against the closed forms in float64.
+
+The interpreter must be chosen before triton is imported, so the checks run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CHECKS = """
+import itertools
+import torch
+from drpo_megatron.vocab_parallel import torch_kernels, triton_kernels
+from drpo_megatron.vocab_parallel.logprob import merge_statistics
+
+g = torch.Generator().manual_seed(0)
+checked = 0
+for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloat16), (1, 255, 256, 700), (1.0, 0.7)):
+    logits = (5 * torch.randn(6, columns, generator=g)).to(dtype)
+    logits[1] = 1e4 * torch.linspace(-1, 1, columns).to(dtype)
+    logits[2] = -1e4
+    targets = torch.tensor([0, columns - 1, columns // 2, -1, columns, columns + 500])  # three of other ranks
+    owned = targets[:3]
+
+    exact = logits.double() / temperature
+    kept = logits.clone()
+    stats = triton_kernels.statistics(kept, targets, temperature, exponentiate=True)
+    assert torch.equal(kept, logits)
+    expected = torch_kernels.statistics(logits.clone(), targets, temperature, exponentiate=False)
+    torch.testing.assert_close(stats, expected, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
+    assert (stats[3:, 3] == -torch.inf).all()
+
+    _, entropy, log_normalizer = merge_statistics(stats[None])
+    log_p = torch.log_softmax(exact, -1)
+    logp = torch.zeros(6)
+    logp[:3] = log_p[:3].gather(1, owned[:, None])[:, 0].float()
+    torch.testing.assert_close(log_normalizer.double(), exact.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    c, e = torch.randn(2, 6, generator=g)
+    onehot = torch.zeros(6, columns, dtype=torch.float64)
+    onehot[:3].scatter_(1, owned[:, None], 1.0)
+    p, H = log_p.exp(), -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    for grad_entropy in (None, e):
+        expected = c.double()[:, None] * (onehot - p)
+        if grad_entropy is not None:
+            expected = expected - grad_entropy.double()[:, None] * p * (log_p + H)
+        expected = expected / temperature
+        for kernels in (triton_kernels, torch_kernels):
+            operand = logits.clone()
+            factor = kernels.gradient_(
+                operand, targets, maximum_C=None, logp_C=logp, log_normalizer_C=log_normalizer, entropy_C=entropy,
+                grad_logp_C=c, grad_entropy_C=grad_entropy, temperature=temperature,
+            )
+            actual = operand.double() * factor.double()[:, None]
+            tolerance = 1e-2 if dtype == torch.bfloat16 else 5e-3  # exp of a number of 1e4 in float32
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+            if dtype == torch.float32:
+                torch.testing.assert_close(actual[[0, 3, 4, 5]], expected[[0, 3, 4, 5]], rtol=1e-4, atol=1e-5)
+            checked += 1
+empty = triton_kernels.statistics(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), 1.0, exponentiate=True)
+torch.testing.assert_close(empty, torch_kernels.statistics(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), 1.0,
+                           exponentiate=True))
+print("checked", checked)
+"""
+
+
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", CHECKS],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.split() == ["checked", "64"]
