@@ -108,7 +108,8 @@ def _train(parsed: argparse.Namespace) -> int:
     code = local.run(config, config.layout)
     directory = config.run_directory
     if code == 0:
-        print(f"done: {directory} holds metrics.jsonl, rollouts/, tb/, wandb/, log/ and the model in hf/")
+        entries = sorted(path.name + "/" * path.is_dir() for path in directory.iterdir())
+        print(f"done: {directory} holds {', '.join(entries)}")
         return 0
     if code == EXIT_INTERRUPTED:
         print(f"interrupted: {directory} holds the steps so far; nothing is left running", file=sys.stderr)

@@ -68,12 +68,12 @@ def _loss_ratios(model_path: Path) -> list[float]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from drpo_megatron.algorithms import LossInputs, TokenStats, evaluate, make_loss
+    from drpo_megatron.algorithms import make_loss
     from drpo_megatron.models.builder import build_model, forward_packed, output_weight
     from drpo_megatron.models.hf_config import HFModelConfig
     from drpo_megatron.platform import device, distributed, spec_backend
     from drpo_megatron.platform.layout import ParallelLayout
-    from drpo_megatron.vocab_parallel import project_logprobs
+    from drpo_megatron.vocab_parallel import fused_policy_loss
     from drpo_megatron.weights.importer import load_hf
 
     layout = ParallelLayout()
@@ -90,29 +90,28 @@ def _loss_ratios(model_path: Path) -> list[float]:
     bounds = torch.arange(0, total + 1, LENGTH, dtype=torch.int32, device=device())
     everywhere_T = torch.ones_like(tokens_T, dtype=torch.bool)
     advantages_T = torch.randn(total, device=device())
+    weights_T = torch.full((total,), 1.0 / total, device=device())
     logmu_T = torch.full((total,), -4.0, device=device())
     loss_function = make_loss("drpo", {"delta": 0.2})
     group = parallel_state.get_tensor_model_parallel_group()
 
     def drpo(hidden_TH: torch.Tensor) -> torch.Tensor:
-        logp_T, entropy_T = project_logprobs(
-            hidden_TH, output_weight(model), labels_T, mask_T=everywhere_T, group=group, vocab_size=hf.vocab_size
-        )
-        inputs = LossInputs(
-            logp_T=logp_T,
+        return fused_policy_loss(
+            hidden_TH,
+            output_weight(model),
+            labels_T,
+            mask_T=everywhere_T,
+            loss_function=loss_function,
             logmu_T=logmu_T,
             advantages_T=advantages_T,
-            mask_T=everywhere_T,
-            sequence_ids_T=positions_T * 0,
-            num_sequences=1,
-        )
-        outputs = evaluate(loss_function, inputs)
-        TokenStats.of(inputs, outputs, entropy_T, torch.ones_like(logp_T), torch.zeros_like(logp_T))
-        return outputs.loss_T.sum()
+            weights_T=weights_T,
+            group=group,
+            vocab_size=hf.vocab_size,
+        ).loss
 
     def cross_entropy(hidden_TH: torch.Tensor) -> torch.Tensor:
         logits_TV = torch.nn.functional.linear(hidden_TH, output_weight(model))
-        return vocab_parallel_cross_entropy(logits_TV.float(), labels_T).sum()
+        return vocab_parallel_cross_entropy(logits_TV.float(), labels_T).mean()
 
     def seconds(loss: object) -> float:
         start = time.perf_counter()
