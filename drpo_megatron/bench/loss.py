@@ -24,7 +24,7 @@ REPETITIONS = 3
 
 
 def measure() -> dict[str, Figure]:
-    """Takes about an hour on two cores. Raises CalledProcessError when a worker fails; its message is on stderr."""
+    """Raises CalledProcessError when a worker fails; its message is on stderr."""
     single = [_worker(1, hidden, "bare") for hidden in HIDDEN]
     double = [_worker(2, hidden, "bare") for hidden in HIDDEN]
     small = HIDDEN[0]

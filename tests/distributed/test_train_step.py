@@ -154,8 +154,7 @@ def test_update_equals_the_unsharded_one(
     reports = run_ranks(world, update_on_ranks, str(path), parallels, sequences)
     for parallel, report in zip(parallels, reports[0], strict=True):
         assert report["tokens"] == tokens, parallel
-        # float32 log-probs carry 1e-6, which ratios of up to e^5 multiply
-        assert report["metrics"]["loss/mean"] == pytest.approx(expected["loss"], rel=1e-5), parallel
+        assert report["metrics"]["loss/mean"] == pytest.approx(expected["loss"], abs=1e-5), parallel
         assert report["metrics"]["staleness/max"] == 3
         assert report["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), parallel
         assert report["after"].keys() == expected["weights"].keys(), parallel
