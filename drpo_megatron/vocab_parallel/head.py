@@ -63,7 +63,7 @@ def select_tokens(
             f"{len(hidden_TH)} hidden states for {len(targets_T)} targets and {len(mask_T)} mask entries: "
             "pass sequence_parallel=True exactly when hidden states are split over the group"
         )
-    hidden_NH = hidden_TH[mask_T]
+    hidden_NH = hidden_TH if bool(mask_T.all()) else hidden_TH[mask_T]  # not copied when nothing is left out
     if group is not None and not sequence_parallel:
         # After the selection, so that only trained tokens travel in the backward pass.
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)

@@ -12,7 +12,7 @@ from torch import Tensor
 from drpo_megatron.vocab_parallel.chunks import Shard, WeightGradient, chunk_tokens, statistics_dtype
 from drpo_megatron.vocab_parallel.kernels import Kernels, kernels_for
 from drpo_megatron.vocab_parallel.logprob import merge_statistics
-from drpo_megatron.vocab_parallel.tail import SparseBackward, TailReport
+from drpo_megatron.vocab_parallel.tail import ChunkGradient, SparseBackward, TailReport
 
 
 @dataclass
@@ -152,14 +152,21 @@ class ChunkedGradients:
             return
         hidden_CH = work.hidden_NH[rows]
         scaled_CH = (hidden_CH * factor_C[:, None]).to(hidden_CH.dtype)
-        product_CH = None
-        if self._sparse is not None and self.weight is not None:
-            size_C = (grad_logp_C * torch.expm1(logp_C) / work.shard.temperature).abs()
-            product_CH = self._sparse.products(chunk.logits_CV, factor_C, hidden_CH, scaled_CH, size_C, self.weight)
-        if product_CH is None:
-            if self.weight is not None:
-                self.weight.add_product(chunk.logits_CV, scaled_CH)
-            if self.grad_hidden_NH is not None:
-                product_CH = torch.mm(chunk.logits_CV, work.weight_VH[:valid])
-        if self.grad_hidden_NH is not None and product_CH is not None:
+        if self._sparse is not None and self.weight is not None and self.grad_hidden_NH is not None:
+            gradient = ChunkGradient(
+                operand_CV=chunk.logits_CV,
+                factor_C=factor_C,
+                hidden_CH=hidden_CH,
+                scaled_CH=scaled_CH,
+                columns_C=work.columns_N[rows],
+                size_C=(grad_logp_C * torch.expm1(logp_C) / work.shard.temperature).abs(),
+                softness_C=torch.where(factor_C == 0, -1.0, work.entropy_N[rows]),
+                signed=grad_entropy_C is not None,
+            )
+            self.grad_hidden_NH[rows] = self._sparse.products(gradient, self.weight) * factor_C[:, None]
+            return
+        if self.weight is not None:
+            self.weight.add_product(chunk.logits_CV, scaled_CH)
+        if self.grad_hidden_NH is not None:
+            product_CH = torch.mm(chunk.logits_CV, work.weight_VH[:valid])
             self.grad_hidden_NH[rows] = product_CH * factor_C[:, None]

@@ -1,20 +1,24 @@
-"""The certified sparse backward: columns of a chunk that hold almost no gradient are left out of both products.
+"""The certified sparse backward: what holds almost no gradient is left out of both products.
 
-With G the gradient of a chunk's logits [C, V] and D the columns that are left out, ∂weight = Gᵀ·h gets rows of zeros,
-and ∂hidden = G·W gets the mean row W̄ of the weight in place of each W_v: output weights share a large common part, and
-G_D's row sums times W̄ cost next to nothing. Both errors are bounded without computing them:
+G is the gradient of a chunk's logits, [C, V]. Its rows are put in order of entropy, softest first, and cut into groups;
+column v is multiplied for the first groups only, as many as need it: a staircase, whose steps are dense products. With
+D the entries that are left out, ∂weight = Gᵀ·h lacks their part, and ∂hidden = G·W gets the mean row W̄ of the weight
+in place of each W_v: output weights share a large common part, and G_D's row sums times W̄ cost next to nothing. Both
+errors are bounded without computing them:
 
     token t:    ‖Σ_{v∈D} G_tv·(W_v − W̄)‖ ≤ Σ_{v∈D} |G_tv|·‖W_v − W̄‖
-    column v:   ‖Σ_t G_tv·h_t‖           ≤ Σ_t |G_tv|·‖h_t‖
+    column v:   ‖Σ_{t∈D} G_tv·h_t‖       ≤ Σ_{t∈D} |G_tv|·‖h_t‖
 
-A chunk's bound is the larger of the two, each as a Frobenius norm relative to the gradient it belongs to: at least
-‖computed‖ − bound for ∂hidden, and for ∂weight at least the norm of the rows that were computed. Columns are left out
-from the smallest up as far as an estimate of the bound allows, which learns from the chunks before; if the bound itself
-then exceeds `tolerance`, the columns that were left out are added, and the chunk is exact. Under tensor parallelism
-each rank decides for its shard, relative to its own part of ∂hidden.
+A chunk's bound is the larger of the two, each as a Frobenius norm relative to the gradient it belongs to, of which the
+norm is at least ‖computed‖ − bound. Entries are left out from the smallest up as far as an estimate of the bound
+allows, which learns from the chunks before; if the bound itself then exceeds `tolerance`, the entries that were left
+out are added, and the chunk is exact. The columns of the chunk's targets are always multiplied. Under tensor
+parallelism each rank decides for its shard, relative to its own part of ∂hidden.
 
 This sums mass over the whole chunk, where cut-cross-entropy (arXiv 2411.09009) drops blocks whose every probability is
 below a fixed number: that bounds an entry, and not the gradient.
+
+All of it is torch on the tensors' device. It has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -24,19 +28,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drpo_megatron.vocab_parallel.chunks import WeightGradient
-from drpo_megatron.vocab_parallel.torch_kernels import blocks, rows_per_block
+from drpo_megatron.vocab_parallel.chunks import WeightGradient, statistics_dtype
 
 COLUMN_BLOCK = 2048
-"""Columns gathered at a time: their copies of weight rows and of the operand stay small."""
+"""Columns looked at, or gathered, at a time: their copies stay small."""
+
+ROW_GROUPS, SMALLEST_GROUP = 4, 64
+"""Groups of a chunk's rows, and the rows below which a group is not worth a product of its own."""
 
 FIRST_MARGIN = 0.4
 AIM = 0.75
-"""Columns are left out up to a margin times the estimate. It starts low and follows the chunks' bounds, so that they
+"""Entries are left out up to a margin times the estimate. It starts low and follows the chunks' bounds, so that they
 come to AIM times the tolerance: some chunks have a softer tail than the one before."""
 
-LARGEST_KEPT_SHARE = 0.8
-"""Gathering costs more than it saves when more columns than this stay."""
+LARGEST_KEPT_SHARE = 0.7
+"""Gathering costs more than it saves when more than this stays."""
+
+_BINS_PER_OCTAVE, _OCTAVES = 8, 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class TailReport:
     """What the sparse backward left out on this rank.
 
     bound: the largest relative bound of a chunk, at most the tolerance. hidden_bound, weight_bound: upper bounds of the
-    Frobenius norm of the error in ∂hidden and in ∂weight, over all chunks. kept_share: share of (chunk, column) pairs
+    Frobenius norm of the error in ∂hidden and in ∂weight, over all chunks. kept_share: share of (token, column) pairs
     that were multiplied. exact_chunks: chunks done in full.
     """
 
@@ -53,6 +61,25 @@ class TailReport:
     weight_bound: float = 0.0
     kept_share: float = 1.0
     exact_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkGradient:
+    """G = factor_C[:, None]·operand_CV, and what both products need.
+
+    columns_C: the target's column; outside [0, V) another rank owns it. size_C: |∂L/∂logπ|·(1 − p) / τ, from which the
+    size of ∂hidden is estimated. softness_C: orders the rows, the softest distribution first, and those without
+    gradient last. signed: whether entries beside the targets' can be negative. scaled_CH = factor_C·hidden_CH.
+    """
+
+    operand_CV: Tensor
+    factor_C: Tensor
+    hidden_CH: Tensor
+    scaled_CH: Tensor
+    columns_C: Tensor
+    size_C: Tensor
+    softness_C: Tensor
+    signed: bool
 
 
 @dataclass
@@ -68,11 +95,11 @@ class SparseBackward:
     _bound: float = 0.0
     _hidden_square: float = 0.0
     _kept: int = 0
-    _chunks: int = 0
+    _pairs: int = 0
     _exact: int = 0
 
     def __post_init__(self) -> None:
-        dtype = torch.float64 if self.weight_VH.dtype == torch.float64 else torch.float32
+        dtype = statistics_dtype(self.weight_VH)
         self._mean_H = self.weight_VH.mean(0, dtype=dtype)
         self._norms_V = torch.empty(len(self.weight_VH), dtype=dtype, device=self.weight_VH.device)
         for norms_B, weight_BH in zip(
@@ -83,103 +110,161 @@ class SparseBackward:
 
     @property
     def report(self) -> TailReport:
-        pairs = self._chunks * len(self._norms_V)
         return TailReport(
             bound=self._bound,
             hidden_bound=self._hidden_square**0.5,
             weight_bound=float(torch.linalg.vector_norm(self._missing_V)),
-            kept_share=self._kept / pairs if pairs else 1.0,
+            kept_share=self._kept / self._pairs if self._pairs else 1.0,
             exact_chunks=self._exact,
         )
 
-    def products(
-        self,
-        operand_CV: Tensor,
-        factor_C: Tensor,
-        hidden_CH: Tensor,
-        scaled_CH: Tensor,
-        size_C: Tensor,
-        gradient: WeightGradient,
-    ) -> Tensor | None:
-        """∂hidden / factor, [C, H] in at least float32, with ∂weight added to `gradient`; None: do the chunk in full.
-
-        G = factor_C·operand_CV and scaled_CH = factor_C·hidden_CH. size_C: |∂L/∂logπ|·(1 − p) / τ, from which the size
-        of ∂hidden is estimated.
-        """
-        self._chunks += 1
-        hidden_norm_C = torch.linalg.vector_norm(hidden_CH, dim=1, dtype=factor_C.dtype)
-        column_bound_V = _column_sums(operand_CV, factor_C.abs() * hidden_norm_C)
-        order_V = torch.argsort(column_bound_V * self._norms_V)
-        growing_V = (column_bound_V * self._norms_V)[order_V].cumsum(0)
-        allowed = self._margin * self.tolerance * self._norms_V.mean() * (size_C * hidden_norm_C).sum()
-        num_out = int((growing_V <= allowed).sum())
-        if len(order_V) - num_out > LARGEST_KEPT_SHARE * len(order_V):
+    def products(self, chunk: ChunkGradient, gradient: WeightGradient) -> Tensor:
+        """∂hidden / factor, [C, H] in at least float32, with ∂weight added to `gradient`."""
+        stairs = self._stairs(chunk)
+        num_rows, num_columns = chunk.operand_CV.shape
+        self._pairs += num_rows * num_columns
+        if stairs is None:
             self._exact += 1
-            self._kept += len(order_V)
-            return None
-        out, kept = order_V[:num_out], order_V[num_out:].sort().values
-        grad_CH = torch.zeros_like(hidden_CH, dtype=factor_C.dtype)
-        kept_square = self._multiply(kept, operand_CV, scaled_CH, grad_CH, gradient)
+            self._kept += num_rows * num_columns
+            gradient.add_product(chunk.operand_CV, chunk.scaled_CH)
+            return torch.mm(chunk.operand_CV, self.weight_VH)
+        work = _Products(chunk, stairs, self.weight_VH, gradient)
+        for step, columns_K in enumerate(stairs.columns):
+            if step:
+                work.add(columns_K, slice(0, stairs.ends[step]), self._norms_V)
+        work.product_CH += torch.outer(work.mass_C, self._mean_H)
 
-        is_out_V = torch.zeros_like(self._norms_V).index_fill_(0, out, 1.0)
-        token_bound_C, mass_C = _row_sums(operand_CV, is_out_V * self._norms_V, is_out_V)
+        factor_C = chunk.factor_C[stairs.order_C]
+        # What is left of a sum after its parts were taken off carries the rounding of the whole.
+        rounding = torch.finfo(factor_C.dtype).eps * num_columns**0.5
+        token_bound_C = work.bound_C.clamp(min=0) + rounding * stairs.bound_C
         hidden_bound = float(torch.linalg.vector_norm(token_bound_C * factor_C))
-        exact_part_CH = grad_CH
-        grad_CH = grad_CH + torch.outer(mass_C, self._mean_H)
-        hidden_norm = float(torch.linalg.vector_norm(grad_CH * factor_C[:, None]))
-        weight_bound = float(torch.linalg.vector_norm(column_bound_V[out]))
-        bound = max(_relative(hidden_bound, hidden_norm - hidden_bound), _relative(weight_bound, kept_square**0.5))
+        hidden_norm = float(torch.linalg.vector_norm(work.product_CH * factor_C[:, None]))
+        weight_bound = float(torch.linalg.vector_norm(stairs.column_bound_V))
+        bound = max(_relative(hidden_bound, hidden_norm), _relative(weight_bound, float(work.square) ** 0.5))
         self._margin *= min(1.5, max(0.1, AIM * self.tolerance / bound)) if bound > 0 else 1.5
         if bound <= self.tolerance:
-            self._missing_V.index_add_(0, out, column_bound_V[out])
+            self._missing_V += stairs.column_bound_V
             self._hidden_square += hidden_bound**2
             self._bound = max(self._bound, bound)
-            self._kept += len(kept)
+            self._kept += stairs.kept
         else:
-            grad_CH = exact_part_CH
-            self._multiply(out.sort().values, operand_CV, scaled_CH, grad_CH, gradient)
+            work.product_CH -= torch.outer(work.mass_C, self._mean_H)
+            for step, columns_K in enumerate(stairs.columns):
+                work.add(columns_K, slice(stairs.ends[step], num_rows), None)
             self._exact += 1
-            self._kept += len(order_V)
-        return grad_CH
+            self._kept += num_rows * num_columns
+        return torch.empty_like(work.product_CH).index_copy_(0, stairs.order_C, work.product_CH)
 
-    def _multiply(
-        self, columns_K: Tensor, operand_CV: Tensor, scaled_CH: Tensor, grad_CH: Tensor, gradient: WeightGradient
-    ) -> float:
-        """Both products over the given columns; the squared norm of the weight gradient's rows."""
-        square = torch.zeros((), dtype=gradient.total_VH.dtype, device=operand_CV.device)
+    def _stairs(self, chunk: ChunkGradient) -> _Stairs | None:
+        """Which columns are multiplied for which rows; None when leaving out does not pay."""
+        num_rows, num_columns = chunk.operand_CV.shape
+        order_C = torch.argsort(chunk.softness_C, descending=True, stable=True)
+        num_groups = max(1, min(ROW_GROUPS, num_rows // SMALLEST_GROUP))
+        ends = [num_rows * group // num_groups for group in range(num_groups + 1)]
+        hidden_norm_C = torch.linalg.vector_norm(chunk.hidden_CH, dim=1, dtype=chunk.factor_C.dtype)
+        row_weight_C = (chunk.factor_C.abs() * hidden_norm_C)[order_C]
+        row_weights_GC = row_weight_C.new_zeros(num_groups, num_rows)
+        for group in range(num_groups):
+            rows = slice(ends[group], ends[group + 1])
+            row_weights_GC[group, order_C[rows]] = row_weight_C[rows]
+        mass_GV, bound_C, mass_C = _sums(chunk.operand_CV, row_weights_GC, self._norms_V, chunk.signed)
+
+        score_GV = mass_GV * self._norms_V
+        allowed = self._margin * self.tolerance * self._norms_V.mean() * (chunk.size_C * hidden_norm_C).sum()
+        group_G1 = torch.arange(1, num_groups + 1, device=score_GV.device)[:, None]
+        step_V = ((score_GV > _threshold(score_GV, allowed)) * group_G1).amax(0)
+        owned_C = (chunk.columns_C >= 0) & (chunk.columns_C < num_columns)
+        step_V[chunk.columns_C[owned_C]] = num_groups
+        columns = [(step_V == step).nonzero().squeeze(1) for step in range(num_groups + 1)]
+        kept = sum(end * len(columns_K) for end, columns_K in zip(ends, columns, strict=True))
+        if kept > LARGEST_KEPT_SHARE * num_rows * num_columns:
+            return None
+        column_bound_V = (mass_GV * (group_G1 > step_V)).sum(0)
+        return _Stairs(order_C, ends, columns, kept, column_bound_V, bound_C[order_C], mass_C[order_C])
+
+
+@dataclass(frozen=True)
+class _Stairs:
+    """columns[s] are multiplied for the first ends[s] rows in the order `order_C`.
+
+    column_bound_V: Σ |G_tv|·‖h_t‖ over what is left out. bound_C, mass_C: Σ_v |operand_tv|·‖W_v − W̄‖ and Σ_v
+    operand_tv over all columns, rows in order; without `signed` the first has the targets' entries with their sign.
+    """
+
+    order_C: Tensor
+    ends: list[int]
+    columns: list[Tensor]
+    kept: int
+    column_bound_V: Tensor
+    bound_C: Tensor
+    mass_C: Tensor
+
+
+class _Products:
+    """Both products of a chunk, rows in order, as parts are added. bound_C, mass_C: the sums of what is not in yet."""
+
+    def __init__(self, chunk: ChunkGradient, stairs: _Stairs, weight_VH: Tensor, gradient: WeightGradient) -> None:
+        self._operand_CV, self._signed = chunk.operand_CV, chunk.signed
+        self._order_C, self._weight_VH, self._gradient = stairs.order_C, weight_VH, gradient
+        self._scaled_CH = chunk.scaled_CH[stairs.order_C]
+        self.product_CH = torch.zeros_like(chunk.hidden_CH, dtype=chunk.factor_C.dtype)
+        self.bound_C, self.mass_C = stairs.bound_C.clone(), stairs.mass_C.clone()
+        self.square = torch.zeros((), dtype=gradient.total_VH.dtype, device=gradient.total_VH.device)
+
+    def add(self, columns_K: Tensor, rows: slice, norms_V: Tensor | None) -> None:
+        """Multiply the given columns of the given rows. square: grows by the squared norm of their part of ∂weight."""
+        if rows.start == rows.stop:
+            return
         for columns_B in columns_K.split(COLUMN_BLOCK):
-            operand_CB = operand_CV.index_select(1, columns_B)
-            grad_CH += torch.mm(operand_CB, self.weight_VH.index_select(0, columns_B))
-            square += gradient.add_rows(columns_B, operand_CB, scaled_CH)
-        return float(square)
+            operand_RB = self._operand_CV[self._order_C[rows, None], columns_B]
+            self.square += self._gradient.add_rows(columns_B, operand_RB, self._scaled_CH[rows])
+            self.product_CH[rows] += torch.mm(operand_RB, self._weight_VH.index_select(0, columns_B))
+            if norms_V is not None:
+                operand_RB = operand_RB.to(norms_V.dtype)
+                self.mass_C[rows] -= operand_RB.sum(1)
+                self.bound_C[rows] -= torch.mv(operand_RB.abs_() if self._signed else operand_RB, norms_V[columns_B])
 
 
-def _relative(bound: float, norm: float) -> float:
+def _sums(
+    operand_CV: Tensor, row_weights_GC: Tensor, column_weights_V: Tensor, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_t weight_gt·|operand_tv| [G, V], Σ_v |operand_tv|·weight_v [C] and Σ_v operand_tv [C], in one pass.
+
+    Without `signed` no absolute value is taken: only the targets' entries are negative, and their columns are not left
+    out of anything.
+    """
+    num_rows, num_columns = operand_CV.shape
+    mass_GV = row_weights_GC.new_empty(len(row_weights_GC), num_columns)
+    bound_C, sum_C = row_weights_GC.new_zeros(2, num_rows).unbind()
+    for start in range(0, num_columns, COLUMN_BLOCK):
+        columns = slice(start, start + COLUMN_BLOCK)
+        block_CB = operand_CV[:, columns].to(mass_GV.dtype)
+        sum_C += block_CB.sum(1)
+        if signed:
+            block_CB = block_CB.abs()
+        bound_C.addmv_(block_CB, column_weights_V[columns])
+        mass_GV[:, columns] = torch.mm(row_weights_GC, block_CB)
+    return mass_GV, bound_C, sum_C
+
+
+def _threshold(score_GV: Tensor, allowed: Tensor) -> Tensor:
+    """The scores that are not above this value, a scalar, sum up to at most `allowed`.
+
+    From a histogram over the logarithm: counts are whole numbers, so the answer is the same each time on any device.
+    """
+    top, last = score_GV.amax(), _OCTAVES * _BINS_PER_OCTAVE
+    depth_GV = (torch.log2(top / score_GV) * _BINS_PER_OCTAVE).nan_to_num(nan=last).clamp(0, last)
+    counts = torch.bincount(depth_GV.to(torch.int64).flatten(), minlength=last + 1)
+    step = torch.arange(last + 1, dtype=score_GV.dtype, device=score_GV.device) / _BINS_PER_OCTAVE
+    largest = top * torch.exp2(-step)  # score of a bin
+    growing = (counts * largest).flip(0).cumsum(0)  # from the smallest scores up
+    bins_out = (growing <= allowed).sum()
+    return torch.cat([largest, largest.new_full((1,), -1.0)])[last + 1 - bins_out]
+
+
+def _relative(bound: float, computed_norm: float) -> float:
+    """bound over the least norm that the exact gradient can have."""
     if bound == 0.0:
         return 0.0
-    return bound / norm if norm > 0 else float("inf")
-
-
-def _column_sums(matrix_CV: Tensor, weights_C: Tensor) -> Tensor:
-    """Σ_t |matrix_tv|·weights_t, [V]."""
-    sums_V = weights_C.new_zeros(matrix_CV.shape[1])
-    scratch_BV = _scratch(matrix_CV, sums_V.dtype)
-    for rows in blocks(matrix_CV):
-        absolute_BV = scratch_BV[: len(matrix_CV[rows])].copy_(matrix_CV[rows]).abs_()
-        sums_V.addmv_(absolute_BV.t(), weights_C[rows])
-    return sums_V
-
-
-def _row_sums(matrix_CV: Tensor, weights_V: Tensor, signed_weights_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_v |matrix_tv|·weights_v and Σ_v matrix_tv·signed_weights_v, each [C]."""
-    sums_C, signed_sums_C = weights_V.new_empty(2, len(matrix_CV)).unbind()
-    scratch_BV = _scratch(matrix_CV, weights_V.dtype)
-    for rows in blocks(matrix_CV):
-        copy_BV = scratch_BV[: len(matrix_CV[rows])].copy_(matrix_CV[rows])
-        torch.mv(copy_BV, signed_weights_V, out=signed_sums_C[rows])
-        torch.mv(copy_BV.abs_(), weights_V, out=sums_C[rows])
-    return sums_C, signed_sums_C
-
-
-def _scratch(matrix_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix_CV.new_empty(rows_per_block(matrix_CV.shape[1]), matrix_CV.shape[1], dtype=dtype)
+    return bound / (computed_norm - bound) if computed_norm > bound else float("inf")

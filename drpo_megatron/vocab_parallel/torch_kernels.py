@@ -21,8 +21,8 @@ from torch import Tensor
 from drpo_megatron.vocab_parallel.chunks import statistics_dtype
 from drpo_megatron.vocab_parallel.logprob import owned_targets
 
-CACHE_ELEMENTS = 2**18
-"""Elements of a block of rows: 1 MiB in float32, and as much scratch."""
+CACHE_ELEMENTS = 2**19
+"""Elements of a block of rows: 2 MiB in float32, and as much scratch."""
 
 # exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(−40) ≈ 4e-18 each: they count
 # as that much, which float32 cannot tell from zero beside the target's 1.
@@ -45,20 +45,20 @@ def statistics(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, expo
         g_C.fill_(-torch.inf)
         return stats_C4
     owned_C, column_C = owned_targets(targets_C, num_columns)
-    scratch_BV = logits_CV.new_empty(rows_per_block(num_columns), num_columns, dtype=stats_C4.dtype)
+    dtype = stats_C4.dtype
+    scratch_BV = logits_CV.new_empty(rows_per_block(num_columns), num_columns, dtype=dtype)
     for rows in blocks(logits_CV):
-        z_BV = logits_CV[rows].to(stats_C4.dtype)  # the logits themselves unless they are of lower precision
+        z_BV = logits_CV[rows].to(dtype)  # the logits themselves unless they are of lower precision
         if temperature != 1.0:
             z_BV.div_(temperature)
         g_C[rows] = torch.where(owned_C[rows], z_BV.gather(1, column_C[rows, None]).squeeze(1), -torch.inf)
-        m_B = torch.amax(z_BV, 1)
-        m_C[rows] = m_B
-        z_BV.sub_(m_B[:, None])
-        e_BV = torch.exp(z_BV, out=scratch_BV[: len(z_BV)])
-        s_C[rows] = e_BV.sum(1)
-        q_C[rows] = z_BV.mul_(e_BV).sum(1)
-        if exponentiate:
-            logits_CV[rows] = e_BV
+        m_C[rows] = m_B = torch.amax(z_BV, 1)
+        shifted_BV = torch.sub(z_BV, m_B[:, None], out=scratch_BV[: len(z_BV)])
+        torch.exp(shifted_BV, out=z_BV)
+        s_C[rows] = z_BV.sum(1)
+        q_C[rows] = shifted_BV.mul_(z_BV).sum(1)
+        if exponentiate and z_BV.dtype != logits_CV.dtype:
+            logits_CV[rows] = z_BV
     return stats_C4
 
 

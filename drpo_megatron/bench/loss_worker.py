@@ -1,0 +1,175 @@
+"""One process a rank of `bench loss`: runs one task and prints its samples as JSON on rank 0. Started by torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drpo_megatron.bench.loss import COMPARED
+from drpo_megatron.bench.loss_ways import Ways, synchronize, use_peers
+from drpo_megatron.platform import distributed, peak_memory_bytes
+from drpo_megatron.platform.layout import ParallelLayout
+
+Samples = dict[str, list[float]]
+
+
+def ratio(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """Fused over bare."""
+    ways.warm_up()
+    return {"ratio": [ways.ratio_to_bare() for _ in range(parsed.repetitions)]}
+
+
+def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """Every other way over the fused one before it; every second token over all."""
+    use_peers()
+    small = Ways.random(64, 64, 512)  # so that no import is timed
+    for name in COMPARED:
+        getattr(small, name)()
+    ways.warm_up()
+    samples: Samples = {name: [] for name in (*COMPARED, "masked")}
+    for _ in range(parsed.repetitions):
+        for names in (("masked", "dense", "mcore"), ("trl", "verl")):
+            fused = seconds(ways.fused)
+            for name in names:
+                samples[name].append(seconds(getattr(ways, name)) / fused)
+    return samples
+
+
+def memory(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """Bytes above inputs and gradients."""
+    before = peak_memory_bytes()
+    getattr(ways, parsed.task.removeprefix("memory-"))()
+    return {"bytes": [float(peak_memory_bytes() - before - ways.hidden_TH.nbytes)]}
+
+
+def traffic(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """What the ranks exchange before the backward pass, whose all-reduce of ∂hidden belongs to the layer below."""
+    with _Collectives() as forward:
+        ways.fused_loss()
+    chunks = -(-len(ways.hidden_TH) // ways.chunk)
+    return {
+        "collectives_per_chunk": [forward.calls.total() / chunks],
+        "bytes_per_token": [forward.bytes / len(ways.hidden_TH)],
+    }
+
+
+def series(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """Seconds of the fused way by number of tokens or of columns; sizes alternate."""
+    problems: dict[int, Ways] = {}
+    for size in parsed.sizes:
+        tokens, vocabulary = (size, parsed.vocabulary) if parsed.series == "tokens" else (parsed.tokens, size)
+        columns = vocabulary // ways.group.size()
+        problems[size] = Ways(
+            ways.hidden_TH.detach()[:tokens].requires_grad_(),
+            ways.weight_VH.detach()[:columns].requires_grad_(),
+            ways.targets_T[:tokens] % vocabulary,
+            ways.logmu_T[:tokens],
+            ways.advantages_T[:tokens],
+        )
+    samples: Samples = {str(size): [] for size in problems}
+    ways.warm_up()
+    for _ in range(parsed.repetitions):
+        for size, problem in problems.items():
+            samples[str(size)].append(seconds(problem.fused))
+    return samples
+
+
+def sparse(ways: Ways, parsed: argparse.Namespace) -> Samples:
+    """The sparse backward on real hidden states: time over the bare products, and its error beside its bound."""
+    ways.main_grad_VH.zero_()
+    entropy_T = ways.fused().entropy_N
+    exact = _gradients(ways)
+    samples: Samples = {"ratio": [], "error": [], "bound_over_error": [], "kept_share": []}
+    samples["entropy"] = [float(entropy_T.mean())]
+    for _ in range(max(5, parsed.repetitions)):
+        ways.main_grad_VH.zero_()
+        start = time.perf_counter()
+        tail = ways.fused(tail_tolerance=parsed.tail_tolerance).tail
+        synchronize()
+        elapsed = time.perf_counter() - start
+        for found, expected, bound in zip(_gradients(ways), exact, (tail.hidden_bound, tail.weight_bound), strict=True):
+            error = float((found - expected).norm())
+            samples["error"].append(error / float(expected.norm()))
+            samples["bound_over_error"].append(bound / error)
+        samples["kept_share"].append(tail.kept_share)
+        samples["ratio"].append(elapsed / seconds(ways.bare))
+    return samples
+
+
+def seconds(way: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    way()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def _gradients(ways: Ways) -> tuple[torch.Tensor, torch.Tensor]:
+    assert ways.hidden_TH.grad is not None
+    gradients = ways.hidden_TH.grad.clone(), ways.main_grad_VH.clone()
+    ways.hidden_TH.grad = None
+    return gradients
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the collectives called inside, and the bytes that this rank hands to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+            # (output, input, …) for an all-gather
+            self.bytes += args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+TASKS: dict[str, Callable[[Ways, argparse.Namespace], Samples]] = {
+    "ratio": ratio,
+    "ways": compare,
+    "memory-fused": memory,
+    "memory-dense": memory,
+    "traffic": traffic,
+    "series": series,
+    "sparse": sparse,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--task", choices=TASKS, required=True)
+    for name in ("hidden", "vocabulary", "tokens", "repetitions"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--series", choices=("tokens", "columns"))
+    parser.add_argument("--sizes", type=int, nargs="+")
+    parser.add_argument("--problem", type=Path)
+    parser.add_argument("--tail-tolerance", type=float, default=0.0)
+    parsed = parser.parse_args()
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    distributed.initialize(ParallelLayout(tensor=int(os.environ["WORLD_SIZE"])))
+    if parsed.problem is None:
+        ways = Ways.random(parsed.tokens, parsed.hidden, parsed.vocabulary)
+    else:
+        ways = Ways.of_rollouts(parsed.problem)
+    samples = TASKS[parsed.task](ways, parsed)
+    if dist.get_rank() == 0:
+        print(json.dumps(samples), flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
