@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from drpo_megatron.models.recipes import write_char_tokenizer
 
@@ -38,14 +47,64 @@ _LLAMA3_ROPE = {
 }
 
 
-def config(family: str) -> LlamaConfig | Qwen2Config | Qwen3Config:
-    """llama: scaled rotary, untied. qwen2: biases, tied. qwen3: head norms, head_dim ≠ hidden / heads, untied."""
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+}
+
+
+def config(family: str) -> PreTrainedConfig:
+    """llama: scaled rotary, untied. qwen2: biases, tied. qwen3: head norms, head_dim ≠ hidden / heads, untied.
+
+    qwen3_moe: layers 0 and 2 are dense, the others have 8 experts. deepseek_v3: layer 0 is dense, the others have 16
+    experts in 4 groups and two shared ones; latents for query and key-value, yarn, value heads narrower than key heads.
+    """
     if family == "llama":
         return LlamaConfig(**_COMMON, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE, rms_norm_eps=1e-5)
     if family == "qwen2":
         return Qwen2Config(**_COMMON, tie_word_embeddings=True, rms_norm_eps=1e-6)
     if family == "qwen3":
         return Qwen3Config(**_COMMON, tie_word_embeddings=False, head_dim=24, rms_norm_eps=1e-6)
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **_COMMON,
+            tie_word_embeddings=False,
+            head_dim=24,
+            rms_norm_eps=1e-6,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=40,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[0, 2],
+        )
+    if family == "deepseek_v3":
+        return DeepseekV3Config(
+            **_COMMON | {"num_key_value_heads": 4},
+            tie_word_embeddings=False,
+            rms_norm_eps=1e-6,
+            rope_parameters=_YARN_ROPE,
+            q_lora_rank=28,
+            kv_lora_rank=20,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+            first_k_dense_replace=1,
+            n_routed_experts=16,
+            n_shared_experts=2,
+            num_experts_per_tok=4,
+            moe_intermediate_size=24,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+            num_mtp_layers=1,
+        )
     raise ValueError(f"no tiny model of family {family}")
 
 
@@ -54,7 +113,8 @@ def write(
 ) -> PreTrainedModel:
     """Write a random model and a character tokenizer to `out_dir`; return the model, on the CPU, for reference results.
 
-    Norm weights and biases are random too: at their initial ones and zeros a wrong one would go unnoticed.
+    Norm weights, biases and routers are random too: at their initial ones and zeros a wrong one would go unnoticed.
+    The router's bias stays in float32, as in the files of published models.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family))
@@ -63,7 +123,15 @@ def write(
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif name.endswith(".bias"):
             torch.nn.init.normal_(parameter)
+        elif name.endswith(".gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    router_biases = {name: b for name, b in model.named_buffers() if name.endswith(".e_score_correction_bias")}
+    for bias in router_biases.values():
+        torch.nn.init.normal_(bias, std=0.1)
+    router_biases = {name: bias.clone() for name, bias in router_biases.items()}
     model.to(dtype)
+    for name, bias in router_biases.items():
+        model.get_buffer(name).data = bias
     write_char_tokenizer(out_dir)
     model.save_pretrained(out_dir, max_shard_size=max_shard_size)
     return model.eval()

@@ -94,6 +94,7 @@ def run_worker(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "drpo_megatron.bench.loss_worker", f"--task={task}", f"--hidden={hidden}"]
     command += [f"--vocabulary={vocabulary}", f"--tokens={tokens}", f"--repetitions={REPETITIONS}"]
+    command += ["--compared", *COMPARED]
     if series:
         sizes = SERIES_TOKENS if series == "tokens" else SERIES_COLUMNS
         command += [f"--series={series}", "--sizes", *map(str, sizes)]

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drpo_megatron.bench.loss import COMPARED
 from drpo_megatron.bench.loss_ways import Ways, synchronize, use_peers
 from drpo_megatron.platform import distributed, peak_memory_bytes
 from drpo_megatron.platform.layout import ParallelLayout
@@ -33,10 +32,10 @@ def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
     """Every other way over the fused one before it; every second token over all."""
     use_peers()
     small = Ways.random(64, 64, 512)  # so that no import is timed
-    for name in COMPARED:
+    for name in parsed.compared:
         getattr(small, name)()
     ways.warm_up()
-    samples: Samples = {name: [] for name in (*COMPARED, "masked")}
+    samples: Samples = {name: [] for name in (*parsed.compared, "masked")}
     for _ in range(parsed.repetitions):
         for names in (("masked", "dense", "mcore"), ("trl", "verl")):
             fused = seconds(ways.fused)
@@ -153,6 +152,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     for name in ("hidden", "vocabulary", "tokens", "repetitions"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--compared", nargs="+", required=True)
     parser.add_argument("--series", choices=("tokens", "columns"))
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--problem", type=Path)

@@ -173,10 +173,18 @@ class ParallelConfig(Section):
     """Pipeline-parallel size (PP)."""
     virtual_pipeline: int | None = Field(None, gt=1)
     """Model chunks a pipeline stage (interleaved schedule)."""
+    first_stage_layers: int | None = Field(None, gt=0)
+    """Layers of the first pipeline stage, which also holds the embedding. null: as many as the other stages."""
+    last_stage_layers: int | None = Field(None, gt=0)
+    """Layers of the last pipeline stage, which also holds the output projection. null: as many as the other stages."""
     context: int = Field(1, gt=0)
     """Context-parallel size (CP)."""
     expert: int = Field(1, gt=0)
     """Expert-parallel size (EP)."""
+    expert_tensor: int = Field(1, gt=0)
+    """Tensor-parallel size of an expert (ETP)."""
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each to the ranks it needs, or all to every rank (few experts, small EP)."""
     data: int = Field(1, gt=0)
     """Data-parallel size (DP). Ranks in all: tensor × pipeline × context × data."""
     sequence_parallel: bool = False

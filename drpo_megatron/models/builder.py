@@ -5,8 +5,9 @@ The last stage returns hidden states, not logits: the projection to the vocabula
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from drpo_megatron import platform
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
@@ -54,7 +55,7 @@ def transformer_config(
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
     full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
-    return TransformerConfig(
+    return (MLATransformerConfig if hf.mla else TransformerConfig)(
         num_layers=hf.num_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.ffn_hidden_size,
@@ -62,7 +63,8 @@ def transformer_config(
         num_query_groups=hf.num_kv_heads,
         kv_channels=hf.head_dim,
         layernorm_epsilon=hf.rms_norm_eps,
-        qk_layernorm=hf.qk_norm,
+        # The norms of the latents have the same switch as those of query and key heads.
+        qk_layernorm=hf.qk_norm or hf.mla is not None,
         add_qkv_bias=hf.qkv_bias,
         add_bias_linear=False,
         normalization="RMSNorm",
@@ -73,29 +75,87 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
+        transformer_impl=spec_backend,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
         recompute_granularity=None if recompute == "none" else recompute,
         **full,
+        **_moe_arguments(hf, layout, fused),
+        **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
         # Packs are padded to one length, so stages need not exchange shapes.
         variable_seq_lengths=False,
         # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
         perform_initialization=False,
+        # Megatron-Core's output layer refuses this fusion without apex's extension, also where it never multiplies.
+        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         # These fusions are Transformer Engine, apex or torch.compile kernels.
-        gradient_accumulation_fusion=fused,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        # Megatron-Core has no fused kernel for multi-latent attention without yarn.
+        apply_rope_fusion=fused and (hf.mla is None or hf.rope.type == "yarn"),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, fused: bool) -> dict[str, Any]:
+    moe = hf.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(is_moe) for is_moe in moe.layers],
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score_function,
+        # Softmax over the chosen experts is softmax over all of them, normalized over the chosen.
+        "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.normalize,
+        "moe_router_topk_scaling_factor": None if moe.scaling_factor == 1 else moe.scaling_factor,
+        "moe_router_num_groups": moe.num_groups,
+        "moe_router_group_topk": moe.topk_groups,
+        # Rounded logits would change which experts are chosen.
+        "moe_router_dtype": "fp32",
+        # The bias stays as it was read: the rollout engine has the same one, and the loss balances nothing.
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": layout.moe_dispatcher,
+        # Transformer Engine's kernels.
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+    }
+
+
+def _mla_arguments(hf: HFModelConfig) -> dict[str, Any]:
+    mla, rope = hf.mla, hf.rope
+    if mla is None:
+        return {}
+    return {
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if rope.type == "yarn" else "rope",
+        "rotary_base": rope.theta,
+        "rotary_scaling_factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings or hf.max_position_embeddings,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "mscale": rope.mscale,
+        "mscale_all_dim": rope.mscale_all_dim,
+    }
 
 
 def build_model(
@@ -105,17 +165,20 @@ def build_model(
     params_dtype: torch.dtype,
     recompute: Recompute = "none",
     spec_backend: SpecBackend,
+    device: torch.device | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
-    "selective" recomputes the core attention, "full" each layer. Raises ValueError when the model does not divide over
-    the layout, or asks for context parallelism with the local specs.
+    "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
+    `models.meta.rank_on_meta` it must be the meta device. Raises ValueError when the model does not divide over the
+    layout, or asks for context parallelism with the local specs.
     """
     check_layout(hf, layout)
     config = transformer_config(hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend)
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
-    return [_build_chunk(hf, layout, config, spec_backend, vp_stage) for vp_stage in virtual_stages]
+    device = device or platform.device()
+    return [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]
 
 
 def _build_chunk(
@@ -124,10 +187,11 @@ def _build_chunk(
     config: TransformerConfig,
     spec_backend: SpecBackend,
     vp_stage: int | None,
+    device: torch.device,
 ) -> GPTModel:
     model = GPTModel(
         config,
-        block_spec(config, spec_backend, qk_norm=hf.qk_norm, vp_stage=vp_stage),
+        block_spec(config, spec_backend, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -137,8 +201,10 @@ def _build_chunk(
         rotary_base=hf.rope.theta,
         vp_stage=vp_stage,
     )
-    model.to(platform.device())
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(platform.device())
+    model.to(device)
+    if hf.mla is None:
+        # Multi-latent attention layers have their own.
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(device)
     if model.post_process:
         if type(model.output_layer) is not ColumnParallelLinear:
             raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")

@@ -10,11 +10,36 @@ from drpo_megatron.models.hf_config import HFModelConfig
 def training_flops(hf: HFModelConfig, lengths: Sequence[int], projected_tokens: int) -> float:
     """FLOPs of one forward and backward over sequences of these lengths (recomputation not counted).
 
-    Matrix products only: 2 FLOPs a multiply-add, and the backward is twice the forward. Causal attention does half of
-    the L² products. `projected_tokens` positions reach the output projection: the sampled ones.
+    Matrix products only: 2 FLOPs a multiply-add, and the backward is twice the forward. Of the routed experts those
+    that a token reaches count. Causal attention does half of the L² products. `projected_tokens` positions reach the
+    output projection: the sampled ones.
     """
-    query, key_value = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
-    weights_a_layer = hf.hidden_size * (2 * query + 2 * key_value) + 3 * hf.hidden_size * hf.ffn_hidden_size
-    linear = hf.num_layers * weights_a_layer * sum(lengths) + hf.hidden_size * hf.vocab_size * projected_tokens
-    attention = hf.num_layers * query * sum(length * length for length in lengths)  # 2 products × L²/2
+    weights = sum(_attention_weights(hf) + _mlp_weights(hf, layer) for layer in range(hf.num_layers))
+    linear = weights * sum(lengths) + hf.hidden_size * hf.vocab_size * projected_tokens
+    value_dim = hf.mla.v_head_dim if hf.mla else hf.head_dim
+    products = hf.num_heads * (hf.head_dim + value_dim)  # scores, and their sum of values
+    attention = hf.num_layers * products * sum(length * length for length in lengths) / 2
     return 3 * 2.0 * (linear + attention)
+
+
+def _attention_weights(hf: HFModelConfig) -> int:
+    """Weights of a layer's attention that each token meets."""
+    query = hf.num_heads * hf.head_dim
+    if hf.mla is None:
+        return hf.hidden_size * (2 * query + 2 * hf.num_kv_heads * hf.head_dim)
+    mla = hf.mla
+    rank = mla.q_lora_rank
+    queries = hf.hidden_size * query if rank is None else rank * (hf.hidden_size + query)
+    keys_and_values = hf.hidden_size * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank * hf.num_heads * (
+        mla.qk_nope_head_dim + mla.v_head_dim
+    )
+    return queries + keys_and_values + hf.num_heads * mla.v_head_dim * hf.hidden_size
+
+
+def _mlp_weights(hf: HFModelConfig, layer: int) -> int:
+    """Weights of the layer's MLP, with its router, that each token meets."""
+    if hf.moe is None or not hf.is_moe_layer(layer):
+        return 3 * hf.hidden_size * hf.ffn_hidden_size
+    moe = hf.moe
+    width = moe.top_k * moe.ffn_hidden_size + moe.shared_ffn_hidden_size
+    return hf.hidden_size * (3 * width + moe.num_experts)

@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_submodules
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from drpo_megatron.models.attention import SDPACoreAttention
+from drpo_megatron.models.mla_attention import LocalMLASelfAttention
 
 SpecBackend = Literal["local", "transformer_engine"]
 
@@ -40,21 +39,38 @@ class RMSNorm(torch.nn.Module):
 
 
 def block_spec(
-    config: TransformerConfig, spec_backend: SpecBackend, *, qk_norm: bool, vp_stage: int | None
-) -> TransformerBlockSubmodules | ModuleSpec:
-    """The spec of this pipeline stage's (virtual stage's) block of layers.
+    config: TransformerConfig, spec_backend: SpecBackend, *, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's (virtual stage's) layers, dense ones and mixtures of experts.
 
-    `transformer_engine`: Megatron-Core's spec as it is, with norms fused into the linear layers. Not run: no GPU.
+    `transformer_engine`: Megatron-Core's spec as it is, with norms fused into the linear layers and the experts of a
+    layer in one grouped matrix product. Not run: no GPU.
     """
     if spec_backend == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    layer = get_gpt_layer_local_submodules(qk_layernorm=qk_norm, normalization="RMSNorm")
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
+    is_moe = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [moe if is_moe[layer] else dense for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_submodules(
+        num_experts=num_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization="RMSNorm",
+    )
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention
-    if qk_norm:
+    if config.multi_latent_attention:
+        layer.self_attention.module = LocalMLASelfAttention
+        attention.kv_layernorm = RMSNorm
+        attention.q_layernorm = IdentityOp if config.q_lora_rank is None else RMSNorm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
-    )
+    return ModuleSpec(module=TransformerLayer, submodules=layer)

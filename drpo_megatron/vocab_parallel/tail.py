@@ -12,7 +12,7 @@ errors are bounded without computing them:
 A chunk's bound is the larger of the two, each as a Frobenius norm relative to the gradient it belongs to, of which the
 norm is at least ‖computed‖ − bound. Entries are left out from the smallest up as far as an estimate of the bound
 allows, which learns from the chunks before; if the bound itself then exceeds `tolerance`, the entries that were left
-out are added, and the chunk is exact. The columns of the chunk's targets are always multiplied. Under tensor
+out are added, and the chunk is exact. The targets' own entries are always multiplied. Under tensor
 parallelism each rank decides for its shard, relative to its own part of ∂hidden.
 
 This sums mass over the whole chunk, where cut-cross-entropy (arXiv 2411.09009) drops blocks whose every probability is
@@ -174,8 +174,12 @@ class SparseBackward:
         allowed = self._margin * self.tolerance * self._norms_V.mean() * (chunk.size_C * hidden_norm_C).sum()
         group_G1 = torch.arange(1, num_groups + 1, device=score_GV.device)[:, None]
         step_V = ((score_GV > _threshold(score_GV, allowed)) * group_G1).amax(0)
-        owned_C = (chunk.columns_C >= 0) & (chunk.columns_C < num_columns)
-        step_V[chunk.columns_C[owned_C]] = num_groups
+        # A target's column is multiplied as far as the target's row; rows without gradient need nothing.
+        group_of_row_C = torch.empty_like(order_C)
+        for group in range(num_groups):
+            group_of_row_C[order_C[ends[group] : ends[group + 1]]] = group + 1
+        needed_C = (chunk.columns_C >= 0) & (chunk.columns_C < num_columns) & (chunk.factor_C != 0)
+        step_V.scatter_reduce_(0, chunk.columns_C[needed_C], group_of_row_C[needed_C], "amax")
         columns = [(step_V == step).nonzero().squeeze(1) for step in range(num_groups + 1)]
         kept = sum(end * len(columns_K) for end, columns_K in zip(ends, columns, strict=True))
         if kept > LARGEST_KEPT_SHARE * num_rows * num_columns:
@@ -231,8 +235,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_t weight_gt·|operand_tv| [G, V], Σ_v |operand_tv|·weight_v [C] and Σ_v operand_tv [C], in one pass.
 
-    Without `signed` no absolute value is taken: only the targets' entries are negative, and their columns are not left
-    out of anything.
+    Without `signed` no absolute value is taken: only the targets' entries are negative, and those are never left out.
     """
     num_rows, num_columns = operand_CV.shape
     mass_GV = row_weights_GC.new_empty(len(row_weights_GC), num_columns)

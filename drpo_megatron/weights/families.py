@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.weights.map import (
+    ColumnSharded,
     FusedQKV,
     GatedMLP,
     Replicated,
@@ -17,22 +19,26 @@ from drpo_megatron.weights.map import (
 )
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_HF_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\..+")
+# The experts of a rank one by one, or the weights of one grouped matrix product.
+_EXPERT_NAME = re.compile(r"(.*mlp\.experts\.(?:local_experts\.(?=\d+\.)|linear_fc[12]\.weight(?=\d+$)))(\d+)(.*)")
 
 
 @dataclass(frozen=True)
 class WeightTable:
     """Rules by Megatron-Core name. `edges` by full name; `layer(number)` by the name inside layer `number`, from 0.
 
-    Both the plain norm names and the ones that Transformer Engine fuses into the next linear layer are listed: a built
-    model has one of each pair.
+    Where layer specs name a parameter differently, all names are listed, and a built model has one of them: norms are
+    modules of their own or fused into the next linear layer, experts are modules or weights of a grouped product.
     """
 
     edges: dict[str, WeightRule]
     layer: Callable[[int], dict[str, WeightRule]]
     num_layers: int
+    num_mtp_layers: int = 0
 
     def rule(self, name: str) -> WeightRule:
-        """The rule of a parameter whose layer number counts over the whole model. Raises KeyError naming it."""
+        """The rule of a parameter whose layer and expert count over the whole model. Raises KeyError naming it."""
         match = _LAYER_NAME.fullmatch(name)
         rules = self.layer(int(match[1])) if match else self.edges
         key = match[2] if match else name
@@ -47,9 +53,14 @@ class WeightTable:
             rules += self.layer(number).values()
         return {name for rule in rules for name in rule.hf_names}
 
+    def is_mtp(self, hf_name: str) -> bool:
+        """Whether the tensor belongs to a multi-token-prediction layer: files hold those, and the policy has none."""
+        match = _HF_LAYER_NAME.fullmatch(hf_name)
+        return match is not None and 0 <= int(match[1]) - self.num_layers < self.num_mtp_layers
 
-def _dense_decoder(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
-    """Llama's names, shared by Qwen2 (biases on query, key and value) and Qwen3 (norms on query and key)."""
+
+def _decoder(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
+    """The names that started with Llama: families differ in the attention and in which layers have experts."""
 
     def vocabulary(name: str, exported: bool = True) -> WeightRule:
         return VocabEmbedding(name, hf.vocab_size, padded_vocab, exported)
@@ -63,39 +74,101 @@ def _dense_decoder(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
         else vocabulary("lm_head.weight"),
     }
 
+    # A layer of several hundred experts is asked for once for each of them.
+    @functools.cache
     def layer(number: int) -> dict[str, WeightRule]:
         prefix = f"model.layers.{number}"
-
-        def qkv(kind: str) -> WeightRule:
-            q, k, v = (f"{prefix}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-            return FusedQKV(q, k, v, hf.num_heads, hf.num_kv_heads, hf.head_dim)
-
         attention_norm = Replicated(f"{prefix}.input_layernorm.weight")
         mlp_norm = Replicated(f"{prefix}.post_attention_layernorm.weight")
         rules: dict[str, WeightRule] = {
             "input_layernorm.weight": attention_norm,
-            "self_attention.linear_qkv.layer_norm_weight": attention_norm,
-            "self_attention.linear_qkv.weight": qkv("weight"),
-            "self_attention.linear_proj.weight": RowSharded(f"{prefix}.self_attn.o_proj.weight"),
             "pre_mlp_layernorm.weight": mlp_norm,
-            "mlp.linear_fc1.layer_norm_weight": mlp_norm,
-            "mlp.linear_fc1.weight": GatedMLP(f"{prefix}.mlp.gate_proj.weight", f"{prefix}.mlp.up_proj.weight"),
-            "mlp.linear_fc2.weight": RowSharded(f"{prefix}.mlp.down_proj.weight"),
+            "self_attention.linear_proj.weight": RowSharded(f"{prefix}.self_attn.o_proj.weight"),
         }
-        if hf.qkv_bias:
-            rules["self_attention.linear_qkv.bias"] = qkv("bias")
-        if hf.qk_norm:
-            rules["self_attention.q_layernorm.weight"] = Replicated(f"{prefix}.self_attn.q_norm.weight")
-            rules["self_attention.k_layernorm.weight"] = Replicated(f"{prefix}.self_attn.k_norm.weight")
+        if hf.mla is None:
+            rules["self_attention.linear_qkv.layer_norm_weight"] = attention_norm
+            rules |= _grouped_query_attention(hf, f"{prefix}.self_attn")
+        else:
+            rules |= _multi_latent_attention(hf, f"{prefix}.self_attn")
+        if hf.is_moe_layer(number):
+            rules |= _mixture_of_experts(hf, f"{prefix}.mlp")
+        else:
+            rules["mlp.linear_fc1.layer_norm_weight"] = mlp_norm
+            rules |= _gated_mlp("mlp", f"{prefix}.mlp")
         return rules
 
-    return WeightTable(edges, layer, hf.num_layers)
+    return WeightTable(edges, layer, hf.num_layers, hf.num_mtp_layers)
+
+
+def _grouped_query_attention(hf: HFModelConfig, prefix: str) -> dict[str, WeightRule]:
+    """Biases on query, key and value are Qwen2's, norms on query and key heads Qwen3's."""
+
+    def qkv(kind: str) -> WeightRule:
+        q, k, v = (f"{prefix}.{letter}_proj.{kind}" for letter in "qkv")
+        return FusedQKV(q, k, v, hf.num_heads, hf.num_kv_heads, hf.head_dim)
+
+    rules = {"self_attention.linear_qkv.weight": qkv("weight")}
+    if hf.qkv_bias:
+        rules["self_attention.linear_qkv.bias"] = qkv("bias")
+    if hf.qk_norm:
+        rules["self_attention.q_layernorm.weight"] = Replicated(f"{prefix}.q_norm.weight")
+        rules["self_attention.k_layernorm.weight"] = Replicated(f"{prefix}.k_norm.weight")
+    return rules
+
+
+def _multi_latent_attention(hf: HFModelConfig, prefix: str) -> dict[str, WeightRule]:
+    """Heads are split over the ranks where latents are projected up; Megatron-Core orders rows as the files do."""
+    kv_norm = Replicated(f"{prefix}.kv_a_layernorm.weight")
+    rules: dict[str, WeightRule] = {
+        "self_attention.linear_kv_down_proj.weight": Replicated(f"{prefix}.kv_a_proj_with_mqa.weight"),
+        "self_attention.kv_layernorm.weight": kv_norm,
+        "self_attention.linear_kv_up_proj.layer_norm_weight": kv_norm,
+        "self_attention.linear_kv_up_proj.weight": ColumnSharded(f"{prefix}.kv_b_proj.weight"),
+    }
+    assert hf.mla is not None
+    if hf.mla.q_lora_rank is None:
+        rules["self_attention.linear_q_proj.weight"] = ColumnSharded(f"{prefix}.q_proj.weight")
+        return rules
+    q_norm = Replicated(f"{prefix}.q_a_layernorm.weight")
+    return rules | {
+        "self_attention.linear_q_down_proj.weight": Replicated(f"{prefix}.q_a_proj.weight"),
+        "self_attention.q_layernorm.weight": q_norm,
+        "self_attention.linear_q_up_proj.layer_norm_weight": q_norm,
+        "self_attention.linear_q_up_proj.weight": ColumnSharded(f"{prefix}.q_b_proj.weight"),
+    }
+
+
+def _mixture_of_experts(hf: HFModelConfig, prefix: str) -> dict[str, WeightRule]:
+    assert hf.moe is not None
+    rules: dict[str, WeightRule] = {"mlp.router.weight": Replicated(f"{prefix}.gate.weight")}
+    if hf.moe.expert_bias:
+        # float32 in the files of a bf16 model: the choice of experts hangs on its small differences.
+        rules["mlp.router.expert_bias"] = Replicated(f"{prefix}.gate.e_score_correction_bias", keep_dtype=True)
+    if hf.moe.shared_ffn_hidden_size:
+        rules |= _gated_mlp("mlp.shared_experts", f"{prefix}.shared_experts")
+    for expert in range(hf.moe.num_experts):
+        one = _gated_mlp(f"mlp.experts.local_experts.{expert}", f"{prefix}.experts.{expert}")
+        fc1, fc2 = one.values()
+        rules |= one | {
+            f"mlp.experts.linear_fc1.weight{expert}": fc1,
+            f"mlp.experts.linear_fc2.weight{expert}": fc2,
+        }
+    return rules
+
+
+def _gated_mlp(name: str, prefix: str) -> dict[str, WeightRule]:
+    return {
+        f"{name}.linear_fc1.weight": GatedMLP(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
+        f"{name}.linear_fc2.weight": RowSharded(f"{prefix}.down_proj.weight"),
+    }
 
 
 FAMILIES: dict[str, Callable[[HFModelConfig, int], WeightTable]] = {
-    "llama": _dense_decoder,
-    "qwen2": _dense_decoder,
-    "qwen3": _dense_decoder,
+    "llama": _decoder,
+    "qwen2": _decoder,
+    "qwen3": _decoder,
+    "qwen3_moe": _decoder,
+    "deepseek_v3": _decoder,
 }
 
 
@@ -104,7 +177,15 @@ def weight_table(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
     return FAMILIES[hf.model_type](hf, padded_vocab)
 
 
-def global_name(name: str, first_layer: int) -> str:
-    """A chunk's parameter name with the layer counted over the whole model. `first_layer` counts from 0."""
+def global_name(name: str, first_layer: int, first_expert: int = 0) -> str:
+    """A chunk's parameter name with layer and expert counted over the whole model. The firsts count from 0."""
+    if expert := _EXPERT_NAME.fullmatch(name):
+        name = f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}"
     match = _LAYER_NAME.fullmatch(name)
     return f"decoder.layers.{int(match[1]) + first_layer}.{match[2]}" if match else name
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a parameter belongs to; None for a parameter outside the routed experts."""
+    match = _EXPERT_NAME.fullmatch(name)
+    return int(match[2]) if match else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,23 +13,30 @@ from megatron.core import parallel_state
 from drpo_megatron.models.builder import unwrap
 from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
 from drpo_megatron.platform.distributed import control_group
-from drpo_megatron.weights.families import WeightTable, global_name, weight_table
+from drpo_megatron.weights.families import WeightTable, expert_of, global_name, weight_table
 from drpo_megatron.weights.hf_io import SafetensorsReader
 
 
-def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of this rank's chunks, wrapped or not, with layers numbered over the whole model."""
+def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of this rank's chunks, wrapped or not, with layers and experts numbered over the whole model.
+
+    Beside the parameters, the router's bias for the choice of experts: a buffer, because no gradient reaches it.
+    """
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
     for chunk in model_chunks:
         model = unwrap(chunk)
         first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-        for name, parameter in model.named_parameters():
-            yield global_name(name, first_layer), parameter
+        config = model.config
+        first_expert = expert_rank * ((config.num_moe_experts or 0) // config.expert_model_parallel_size)
+        biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
+        for name, tensor in itertools.chain(model.named_parameters(), biases):
+            yield global_name(name, first_layer, first_expert), tensor
 
 
 def check_names(hf_dir: Path, present: set[str], table: WeightTable, tied: bool) -> None:
     """Raise ValueError listing tensors that the model lacks or that the weight map does not know."""
     # A tied model may come with its output projection stored again; old Llama files hold the rotary frequencies.
-    ignorable = {name for name in present if name.endswith(".rotary_emb.inv_freq")}
+    ignorable = {name for name in present if name.endswith(".rotary_emb.inv_freq") or table.is_mtp(name)}
     if tied:
         ignorable.add("lm_head.weight")
     expected = table.hf_names()
@@ -54,17 +62,16 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path, hf: HFM
     no parameter takes, has one of a wrong shape, or is damaged; FileNotFoundError when a file is missing; KeyError when
     a parameter has no rule.
     """
-    tp_rank, tp_size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    table = weight_table(hf, padded_vocab_size(hf.vocab_size, tp_size))
+    dense_group = parallel_state.get_tensor_model_parallel_group()
+    expert_group = parallel_state.get_expert_tensor_parallel_group()
+    table = weight_table(hf, padded_vocab_size(hf.vocab_size, dense_group.size()))
     reader = SafetensorsReader(hf_dir)
     check_names(reader.path, set(reader), table, hf.tied_embeddings)
     consumed: set[str] = set()
     for name, parameter in local_parameters(model_chunks):
         rule = table.rule(name)
-        shard = rule.from_hf(reader, tp_rank, tp_size)
+        group = expert_group if expert_of(name) is not None else dense_group
+        shard = rule.from_hf(reader, group.rank(), group.size())
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"{' + '.join(rule.hf_names)} in {reader.path} give {name} the shape {tuple(shard.shape)}, "

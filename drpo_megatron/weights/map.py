@@ -23,6 +23,11 @@ class FullTensor(Protocol):
 
 
 class WeightRule(Protocol):
+    """A rule is a value: equal rules stand for one parameter under the names that different layer specs give it.
+
+    `tp_rank` and `tp_size` are of the group that divides the parameter, which is an expert's own for routed experts.
+    """
+
     @property
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face tensors that this parameter holds."""
@@ -48,10 +53,14 @@ def _rows(tensor: FullTensor, name: str, rank: int, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms."""
+    """The same tensor on every rank: norms, routers and the projections to latents.
+
+    `keep_dtype`: the tensor is exported in the parameter's own dtype, whatever the others are cast to.
+    """
 
     name: str
     exported: bool = True
+    keep_dtype: bool = False
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -62,6 +71,24 @@ class Replicated:
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {self.name: shards[0]}
+
+
+@dataclass(frozen=True)
+class ColumnSharded:
+    """A linear layer whose outputs are split: rows of the [out, in] weight."""
+
+    name: str
+    exported: bool = True
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def from_hf(self, tensors: Mapping[str, FullTensor], tp_rank: int, tp_size: int) -> torch.Tensor:
+        return _rows(tensors[self.name], self.name, tp_rank, tp_size)
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.name: torch.cat(list(shards))}
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,33 @@ def check_sparse(groups: Groups) -> None:
     assert result.tail.bound <= tolerance and min(float(b[2]) for b in everyone) < 0.5, everyone
 
 
+def check_context_parallel(tensor: Any, context: Any) -> None:
+    """TP 2 × CP 2: each context rank has its own tokens, and the sum of their weight gradients is the whole one."""
+    p = Problem(64, torch.float64, tensor, False)
+    mine = slice(T // 2 * context.rank(), T // 2 * (context.rank() + 1))
+    hidden, weight = p.hidden[mine].clone().requires_grad_(), p.weight.clone().requires_grad_()
+    from drpo_megatron.vocab_parallel import fused_policy_loss
+
+    result = fused_policy_loss(
+        hidden,
+        weight,
+        p.targets[mine],
+        loss_function=make_loss("drpo", {"delta": DELTA}),
+        logmu_T=p.logmu[mine],
+        advantages_T=p.advantages[mine],
+        weights_T=torch.full((T // 2,), 1 / int(p.mask.sum()), dtype=torch.float64),
+        entropy_coefficient=ENTROPY_COEFFICIENT,
+        **(p.options | {"mask_T": p.mask[mine]}),
+    )
+    result.loss.backward()
+    loss = result.loss.detach().clone()
+    for partial in (loss, weight.grad):
+        dist.all_reduce(partial, group=context)
+    assert_close(loss, p.loss.detach(), 1e-12, "CP 2: loss")
+    assert_close(weight.grad, p.grad_weight, 1e-12, "CP 2: weight gradient")
+    assert_close(hidden.grad, p.grad_hidden[mine], 1e-12, "CP 2: hidden gradient")
+
+
 def worker() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo ranks compute on the CPU, also where there is a GPU
     from drpo_megatron.platform import activate
@@ -231,6 +258,8 @@ def worker() -> None:
     check_nothing_to_train(groups)
     check_not_finite(groups)
     check_sparse(groups)
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    check_context_parallel(groups[2], across[dist.get_rank() % 2])
     dist.destroy_process_group()
 
 

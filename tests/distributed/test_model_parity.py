@@ -26,28 +26,29 @@ LAYOUTS = {
     "tp2sp": ParallelLayout(tensor=2, sequence_parallel=True),
     "pp2": ParallelLayout(pipeline=2),
     "vpp2": ParallelLayout(pipeline=2, virtual_pipeline=2),
+    "pp2uneven": ParallelLayout(pipeline=2, first_stage_layers=1),
 }
 # Sums to an even number, which sequence parallelism needs. Longer than the llama3 rope's original context of 64.
 LENGTHS = (5, 1, 90, 32)
 
 
-def packed_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def packed_batch(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens_T, position_ids_T, cu_seqlens of sequences of LENGTHS."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     tokens_T = torch.randint(0, tiny_models.VOCAB_SIZE, (sum(LENGTHS),), generator=generator)
     positions_T = torch.cat([torch.arange(n) for n in LENGTHS])
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return tokens_T, positions_T, cu_seqlens
 
 
-def _pipeline_logits(chunks: list[Any], hf: Any, layout: ParallelLayout) -> np.ndarray | None:
+def pipeline_logits(chunks: list[Any], hf: Any, layout: ParallelLayout, seed: int = 3) -> np.ndarray | None:
     """Logits [T, V] where this rank has the last stage. Hidden states go from chunk to chunk by send and recv."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
 
     from drpo_megatron.models.builder import forward_packed, logits
 
-    tokens_T, positions_T, cu_seqlens = packed_batch()
+    tokens_T, positions_T, cu_seqlens = packed_batch(seed)
     rows = len(tokens_T) // (layout.tensor if layout.sequence_parallel else 1)
     stage = ps.get_pipeline_model_parallel_rank()
     result = None
@@ -107,13 +108,13 @@ def _gradients_stay_in_their_sequence(chunk: Any) -> None:
     assert not untouched, untouched
 
 
-def _tensors(hf_dir: Path) -> dict[str, torch.Tensor]:
+def hf_tensors(hf_dir: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(hf_dir.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def _same_directory(exported: Path, source: Path) -> None:
+def same_directory(exported: Path, source: Path) -> None:
     """Same names, dtypes and bits; every file beside the weights is carried; the index is right."""
-    ours, theirs = _tensors(exported), _tensors(source)
+    ours, theirs = hf_tensors(exported), hf_tensors(source)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
@@ -143,7 +144,7 @@ def _check_family(root: Path, family: str, key: str, layout: ParallelLayout) -> 
     hf = HFModelConfig.load(source)
     chunks = build_model(hf, layout, params_dtype=torch.float32, spec_backend="local")
     load_hf(chunks, source, hf)
-    answer: dict[str, Any] = {"logits": _pipeline_logits(chunks, hf, layout)}
+    answer: dict[str, Any] = {"logits": pipeline_logits(chunks, hf, layout)}
     weight = output_weight(chunks[-1])
     answer["has_output"] = weight is not None
     if weight is not None:
@@ -162,7 +163,7 @@ def _check_family(root: Path, family: str, key: str, layout: ParallelLayout) -> 
     out = root / f"{family}-{key}-exported"
     save_hf(chunks, hf, out, source, max_shard_bytes=100_000)
     if dist.get_rank() == 0:
-        _same_directory(out, source)
+        same_directory(out, source)
     return answer
 
 

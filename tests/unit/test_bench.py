@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from drpo_megatron.bench import report
+from drpo_megatron.bench import loss, report
 from drpo_megatron.bench.report import Figure, run_bench
 
 
@@ -35,3 +36,17 @@ def test_json_is_last_on_stdout_and_a_broken_bound_fails(
         "ratio": {"value": value, "spread": [value, value], "must": "<= 1.5", "holds": value <= 1.5}
     }
     assert printed["versions"]["megatron-core"] and printed["machine"]["cores"]
+
+
+def test_growth_of_known_laws() -> None:
+    line = {size: [2.0 + 0.5 * size] for size in (10, 20, 40)}
+    assert loss.fit_line(line) == pytest.approx((2.0, 0.5))
+    for exponent in (1.0, 2.0):
+        law = {size: [3.0 * size**exponent, 0.0, 1e9] for size in (10, 20, 40)}
+        assert loss.growth_exponent(law) == pytest.approx(exponent)
+
+
+def test_bench_loss_refuses_without_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loss, "PEERS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="make peers"):
+        loss.measure()

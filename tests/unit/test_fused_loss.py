@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drpo_megatron.algorithms import LOSSES, SEQUENCE_LEVEL_LOSSES, LossInputs, evaluate, make_loss
 from drpo_megatron.vocab_parallel import fused_logprobs, fused_policy_loss, torch_kernels
+from drpo_megatron.vocab_parallel import tail as tail_module
 from drpo_megatron.vocab_parallel.chunks import chunk_tokens
 
 T, H, PADDED, VOCAB = 23, 8, 48, 41
@@ -379,6 +380,34 @@ def test_sparse_backward_is_within_its_bound(entropy_coefficient: float) -> None
             assert error <= tolerance * float(exact[name].norm()), (tolerance, name)
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.5, kept
     assert tail.hidden_bound > 0 and tail.weight_bound > 0
+
+
+def test_soft_and_sharp_rows_are_cut_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens are flat: their columns are not multiplied for the sharp ones, and the error stays bounded."""
+    p = sharp_problem()
+    p["hidden"][::2, 1:] *= 0.2
+    p["hidden"][::2, 0] = 0.2
+    p["logmu"] = torch.log_softmax(p["hidden"] @ p["weight"].T, -1).gather(1, p["targets"][:, None])[:, 0] - 0.1
+    options: dict[str, Any] = {"vocab_size": 4096, "temperature": 1.0, "memory_budget": 512 * 4096 * 4}
+    exact = fused(p, "drpo", 0.0, **options)
+    kept = {}
+    for groups in (1, 4):
+        monkeypatch.setattr(tail_module, "ROW_GROUPS", groups)
+        sparse = fused(p, "drpo", 0.0, tail_tolerance=0.05, **options)
+        kept[groups] = sparse["tail"].kept_share
+        for name, bound in (("hidden", sparse["tail"].hidden_bound), ("weight", sparse["tail"].weight_bound)):
+            assert float((sparse[name] - exact[name]).norm()) <= bound, (groups, name)
+    assert sparse["tail"].hidden_bound > 0 and kept[4] < 0.9 * kept[1], kept
+
+
+def test_tokens_without_gradient_cost_nothing_in_the_sparse_backward() -> None:
+    p = sharp_problem()
+    p["advantages"][:256] = 0.0
+    options: dict[str, Any] = {"vocab_size": 4096, "temperature": 1.0, "memory_budget": 512 * 4096 * 4}
+    sparse = fused(p, "drpo", 0.0, tail_tolerance=0.05, **options)
+    everything = fused(sharp_problem(), "drpo", 0.0, tail_tolerance=0.05, **options)
+    assert sparse["tail"].kept_share < 0.75 * everything["tail"].kept_share
+    assert (sparse["hidden"][:256] == 0).all()
 
 
 def test_sparse_backward_in_bfloat16() -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.models.recipes import ensure_model
-from drpo_megatron.weights.families import FAMILIES, global_name, weight_table
+from drpo_megatron.weights.families import FAMILIES, expert_of, global_name, weight_table
 from drpo_megatron.weights.hf_io import SafetensorsReader, SafetensorsWriter
 from drpo_megatron.weights.importer import check_names
 from drpo_megatron.weights.map import (
+    ColumnSharded,
     FusedQKV,
     GatedMLP,
     Replicated,
@@ -34,6 +35,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 Case = tuple[WeightRule, dict[str, torch.Tensor]]
 
+COLUMN: Case = (ColumnSharded("c"), {"c": _random(12, HIDDEN)})
 ROW: Case = (RowSharded("r"), {"r": _random(HIDDEN, 12)})
 QKV: Case = (
     FusedQKV("q", "k", "v", num_heads=8, num_kv_heads=4, head_dim=3),
@@ -42,7 +44,7 @@ QKV: Case = (
 QKV_BIAS: Case = (FusedQKV("q", "k", "v", 8, 4, 3), {"q": _random(24), "k": _random(12), "v": _random(12) + 1})
 GATED: Case = (GatedMLP("g", "u"), {"g": _random(12, HIDDEN), "u": _random(12, HIDDEN) + 1})
 VOCABULARY: Case = (VocabEmbedding("e", vocab_size=13, padded_size=32), {"e": _random(13, HIDDEN)})
-RULES: list[Case] = [(Replicated("n"), {"n": _random(HIDDEN)}), ROW, QKV, QKV_BIAS, GATED, VOCABULARY]
+RULES: list[Case] = [(Replicated("n"), {"n": _random(HIDDEN)}), COLUMN, ROW, QKV, QKV_BIAS, GATED, VOCABULARY]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -113,17 +115,57 @@ def test_tables_hold_exactly_the_tensors_transformers_writes(family: str, tmp_pa
     hf = HFModelConfig.load(tmp_path)
     table = weight_table(hf, 520)
     assert table.hf_names() == set(SafetensorsReader(tmp_path)) == set(load_file(tmp_path / "model.safetensors"))
-    for plain, fused in {
-        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    }.items():
-        assert table.rule(f"decoder.layers.3.{plain}") == table.rule(f"decoder.layers.3.{fused}")
-        assert table.rule(f"decoder.layers.3.{plain}").hf_names[0].startswith("model.layers.3.")
+    same = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+    if hf.mla is None:
+        same["input_layernorm.weight"] = "self_attention.linear_qkv.layer_norm_weight"
+    else:
+        same["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
+        same["self_attention.kv_layernorm.weight"] = "self_attention.linear_kv_up_proj.layer_norm_weight"
+    for plain, fused in same.items():
+        assert table.rule(f"decoder.layers.0.{plain}") == table.rule(f"decoder.layers.0.{fused}")
+        assert table.rule(f"decoder.layers.0.{plain}").hf_names[0].startswith("model.layers.0.")
+    if hf.moe is not None:
+        for fc in ("linear_fc1", "linear_fc2"):
+            one = table.rule(f"decoder.layers.3.mlp.experts.local_experts.7.{fc}.weight")
+            assert one == table.rule(f"decoder.layers.3.mlp.experts.{fc}.weight7")
+            assert one.hf_names[0].startswith("model.layers.3.mlp.experts.7.")
+        with pytest.raises(KeyError, match=r"decoder\.layers\.3\.mlp\.linear_fc1\.weight"):
+            table.rule("decoder.layers.3.mlp.linear_fc1.weight")
     assert table.rule("output_layer.weight").exported is not model.config.tie_word_embeddings
     with pytest.raises(KeyError, match=r"decoder\.layers\.0\.mlp\.router\.weight"):
         table.rule("decoder.layers.0.mlp.router.weight")
     assert global_name("decoder.layers.1.mlp.linear_fc2.weight", 6) == "decoder.layers.7.mlp.linear_fc2.weight"
     assert global_name("decoder.final_layernorm.weight", 6) == "decoder.final_layernorm.weight"
+
+
+def test_experts_are_numbered_over_the_whole_model() -> None:
+    for local, whole in {
+        "decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight": (
+            "decoder.layers.7.mlp.experts.local_experts.34.linear_fc2.weight"
+        ),
+        "decoder.layers.1.mlp.experts.linear_fc1.weight11": "decoder.layers.7.mlp.experts.linear_fc1.weight43",
+        "decoder.layers.1.mlp.shared_experts.linear_fc1.weight": (
+            "decoder.layers.7.mlp.shared_experts.linear_fc1.weight"
+        ),
+        "decoder.layers.1.mlp.router.weight": "decoder.layers.7.mlp.router.weight",
+    }.items():
+        assert global_name(local, 6, 32) == whole
+    assert expert_of("decoder.layers.7.mlp.experts.local_experts.34.linear_fc2.weight") == 34
+    assert expert_of("decoder.layers.7.mlp.experts.linear_fc1.weight43") == 43
+    assert expert_of("decoder.layers.7.mlp.shared_experts.linear_fc1.weight") is None
+    assert expert_of("decoder.layers.7.mlp.linear_fc1.weight") is None
+
+
+def test_prediction_layers_are_left_out_and_nothing_else(tmp_path: Path) -> None:
+    tiny_models.config("deepseek_v3").save_pretrained(tmp_path)
+    table = weight_table(HFModelConfig.load(tmp_path), 520)
+    names = table.hf_names()
+    check_names(
+        tmp_path, names | {"model.layers.4.eh_proj.weight", "model.layers.4.mlp.gate.weight"}, table, tied=False
+    )
+    for unknown in ("model.layers.5.eh_proj.weight", "model.layers.3.eh_proj.weight"):
+        with pytest.raises(ValueError, match=unknown):
+            check_names(tmp_path, names | {unknown}, table, tied=False)
 
 
 def test_names_that_may_be_ignored(tmp_path: Path) -> None:

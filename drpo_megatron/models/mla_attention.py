@@ -1,0 +1,45 @@
+"""Multi-latent attention of the local specs: the latents' projections lie whole on every tensor-parallel rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+
+class ReplicatedLinear(MegatronModule):
+    """A linear layer without bias whose weight [out, in] every tensor-parallel rank holds.
+
+    Under sequence parallelism each rank applies it to its own tokens, so that its gradient is partial.
+    """
+
+    def __init__(self, config: TransformerConfig, in_features: int, out_features: int, device: torch.device) -> None:
+        super().__init__(config=config)
+        self.weight = torch.nn.Parameter(
+            torch.empty(out_features, in_features, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class LocalMLASelfAttention(MLASelfAttention):
+    """Megatron-Core's attention with the down projections that Transformer Engine's spec has.
+
+    The stock local spec splits the down projections over the tensor-parallel ranks and gathers their outputs. The
+    gradient of the rotary part of the key, which all heads share, is then only that of each rank's own heads.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        device = self.linear_kv_up_proj.weight.device
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank, device)
+        self.linear_kv_down_proj = ReplicatedLinear(
+            config, config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim, device
+        )

@@ -1,0 +1,128 @@
+"""Builds large models rank by rank on the meta device and compares every tensor with transformers' model.
+
+Transformer Engine builds no module without a GPU unless torch.cuda says there is one; nothing is computed here, so an
+answer is all it needs. The process that this is called in is good for nothing else afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+
+HF_CONFIGS = Path(__file__).parent / "data" / "hf_configs"
+
+
+@dataclass
+class Report:
+    """What the ranks of one model hold together. `state_bytes`: by pipeline stage, the fullest rank of it."""
+
+    elements: int = 0
+    reference_elements: int = 0
+    names: int = 0
+    ranks: int = 0
+    state_bytes: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    modules: set[str] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
+
+
+def pretend_a_gpu() -> None:
+    """Answer as a machine with an H100 does, where there is none. Called before Transformer Engine builds a module."""
+    if torch.cuda.is_available():
+        return
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100", total_memory=80 * 2**30)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda *args, **kwargs: properties
+    torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
+    # The dispatcher of tokens to experts takes a stream when it is built.
+    torch.cuda.Stream = SimpleNamespace
+
+
+def build(
+    names: list[str], spec_backend: Literal["local", "transformer_engine"], te_path: str | None
+) -> dict[str, Report]:
+    """The report of each recipe of `configs/`. A function for `run_ranks`, in a process of its own."""
+    if spec_backend == "transformer_engine":
+        pretend_a_gpu()
+        if te_path is not None:
+            sys.path.insert(0, te_path)
+    from drpo_megatron import platform
+
+    platform.activate()
+    return {name: _build_one(name, spec_backend) for name in names}
+
+
+def _build_one(name: str, spec_backend: Literal["local", "transformer_engine"]) -> Report:
+    from megatron.core import parallel_state
+
+    from drpo_megatron.config import load_config
+    from drpo_megatron.models.builder import build_model
+    from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
+    from drpo_megatron.models.memory import is_expert, model_state_memory
+    from drpo_megatron.models.meta import META, distinct_ranks, rank_on_meta
+    from drpo_megatron.weights.families import expert_of, weight_table
+    from drpo_megatron.weights.importer import local_parameters
+
+    config = load_config(HF_CONFIGS.parents[2] / "configs" / f"{name}.yaml")
+    layout, hf = config.layout, HFModelConfig.load(HF_CONFIGS / name)
+    table = weight_table(hf, padded_vocab_size(hf.vocab_size, layout.tensor))
+    reference = reference_tensors(name)
+    report = Report(reference_elements=sum(tensor.numel() for tensor in reference.values()))
+    seen: set[str] = set()
+    for rank in distinct_ranks(layout):
+        with rank_on_meta(layout, rank):
+            chunks = build_model(
+                hf,
+                layout,
+                params_dtype=getattr(torch, config.model.dtype),
+                recompute=config.model.recompute,
+                spec_backend=spec_backend,
+                device=META,
+            )
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            first_of_stage = parallel_state.get_expert_model_parallel_rank() == 0
+            state_bytes = model_state_memory(chunks, layout, distributed_optimizer=config.optimizer.distributed).total
+            if first_of_stage:
+                assert stage == len(report.layers)
+                report.layers.append(sum(len(chunk.decoder.layers) for chunk in chunks))
+                report.state_bytes.append(state_bytes)
+                report.modules |= {type(module).__module__ for chunk in chunks for module in chunk.modules()}
+            report.state_bytes[stage] = max(report.state_bytes[stage], state_bytes)
+            report.ranks += 1
+            for parameter_name, parameter in local_parameters(chunks):
+                assert parameter.is_meta, parameter_name
+                assert is_expert(parameter) == (expert_of(parameter_name) is not None), parameter_name
+                if not is_expert(parameter) and not first_of_stage:
+                    continue
+                size = layout.expert_tensor if is_expert(parameter) else layout.tensor
+                rule = table.rule(parameter_name)
+                for tp_rank in (0, size - 1):
+                    shape = rule.from_hf(reference, tp_rank, size).shape
+                    assert shape == parameter.shape, f"{parameter_name}: built {parameter.shape}, imported {shape}"
+                for hf_name, tensor in rule.to_hf([parameter.detach()] * size).items():
+                    assert hf_name not in seen, f"{hf_name} is exported twice, the second time by {parameter_name}"
+                    assert tensor.shape == reference[hf_name].shape, f"{hf_name}: {tensor.shape} from {parameter_name}"
+                    seen.add(hf_name)
+                    report.elements += tensor.numel()
+                report.parameters.add(parameter_name)
+    assert seen == set(reference), f"tensors that no rank holds: {sorted(set(reference) - seen)[:8]}"
+    assert table.hf_names() == seen
+    report.names = len(seen)
+    return report
+
+
+def reference_tensors(name: str) -> Mapping[str, torch.Tensor]:
+    """transformers' model on the meta device, as the tensors that `save_pretrained` would write."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(HF_CONFIGS / name))
+    # In memory transformers stacks the experts of a layer; in files each expert has tensors of its own.
+    return revert_weight_conversion(model, model.state_dict())

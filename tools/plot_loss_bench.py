@@ -1,0 +1,109 @@
+"""Record a report of `drpo bench loss --json` under docs/results/: the JSON, a table, and a picture.
+
+    python tools/plot_loss_bench.py REPORT.json
+
+Every number on the page comes from the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+LABELS = {
+    "ratio_to_gemm_tp1": "TP 1",
+    "ratio_to_gemm_tp2": "TP 2",
+    "ratio_to_gemm_sparse": "sparse,\nSmolLM2",
+    "speedup_vs_dense": "dense\ntorch",
+    "speedup_vs_mcore": "Megatron-\nCore",
+    "speedup_vs_trl": "TRL",
+    "speedup_vs_verl": "verl",
+}
+
+
+def bars(axis: Any, figures: dict[str, Any], prefix: str, title: str) -> None:
+    names = [name for name in LABELS if name.startswith(prefix)]
+    for x, name in enumerate(names):
+        value, (low, high) = figures[name]["value"], figures[name]["spread"]
+        axis.bar(x, value, color="#4477aa", width=0.6)
+        axis.errorbar(x, value, yerr=[[value - low], [high - value]], color="black", capsize=4)
+        bound = float(figures[name]["must"].split()[1])
+        axis.plot([x - 0.4, x + 0.4], [bound, bound], color="#cc3311", linewidth=2, label="bound" if x == 0 else None)
+        axis.text(x, 0.03, f"{value:.2f}", ha="center", color="white")
+    axis.set_xticks(range(len(names)), [LABELS[name] for name in names])
+    axis.set_title(title)
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="upper right")
+
+
+def growth(axis: Any, figures: dict[str, Any], what: str, title: str) -> None:
+    prefix = f"time_share_{what}_"
+    points = {int(name.removeprefix(prefix)): f for name, f in figures.items() if name.startswith(prefix)}
+    largest = max(points)
+    axis.plot([0, largest], [0, 1], color="#bbbbbb", label="proportional")
+    for size, figure in points.items():
+        low, high = figure["spread"]
+        axis.errorbar(
+            size, figure["value"], yerr=[[figure["value"] - low], [high - figure["value"]]], fmt="o", capsize=4
+        )
+    exponent = figures[f"growth_exponent_{what}"]["value"]
+    axis.set_title(f"{title}: time ∝ size^{exponent:.2f}")
+    axis.set_xlabel(what)
+    axis.legend(loc="upper left")
+
+
+def draw(figures: dict[str, Any], out: Path) -> None:
+    picture = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = picture.subplots(2, 2)
+    bars(axes[0, 0], figures, "ratio_to_gemm", "time / time of the three bare products")
+    bars(axes[0, 1], figures, "speedup_vs", "how many times faster than")
+    growth(axes[1, 0], figures, "tokens", "time over tokens")
+    growth(axes[1, 1], figures, "columns", "time over vocabulary")
+    FigureCanvasAgg(picture).print_png(str(out))
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    lines = ["| figure | median | lowest, highest | must | holds |", "|---|---|---|---|---|"]
+    for name, figure in report["figures"].items():
+        low, high = figure["spread"]
+        holds = {True: "yes", False: "**no**", None: ""}[figure["holds"]]
+        lines.append(f"| `{name}` | {figure['value']:.4g} | {low:.4g}, {high:.4g} | {figure['must'] or ''} | {holds} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    report = json.loads(parser.parse_args().report.read_text().splitlines()[-1])
+    (RESULTS / "loss.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report["figures"], RESULTS / "loss.png")
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    page = [
+        "# The fused projection and loss",
+        "",
+        f"{machine['cores']} cores, {machine['cpu']}, no GPU; Python {machine['python']}, {versions}.",
+        "Written by `tools/plot_loss_bench.py` from the report of",
+        "",
+        "```bash",
+        "make peers",
+        ".venv/bin/drpo bench loss --json",
+        "```",
+        "",
+        "What each figure is: the docstring of [bench/loss.py](../../drpo_megatron/bench/loss.py).",
+        "",
+        "![Ratios, speed-ups and growth](loss.png)",
+        "",
+        *table(report),
+    ]
+    (RESULTS / "loss.md").write_text("\n".join(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
