@@ -59,6 +59,7 @@ def activate() -> None:
     _hide_cuda_only_packages()
     _redirect_tensors()
     _redirect_cuda_module()
+    _redirect_collectives()
     _redirect_megatron()
     _active = True
 
@@ -179,6 +180,41 @@ def _redirect_cuda_module() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # Profiler ranges need the CUDA driver.
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = lambda *args, **kwargs: None
+
+
+def _redirect_collectives() -> None:
+    """Lists of tensors of unequal sizes, which NCCL takes and gloo does not: tokens sent to experts are such lists."""
+    import torch.distributed as dist
+
+    equal_all_gather, equal_reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(equal_all_gather)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes = [len(t) if t.dim() else 1 for t in tensor_list]
+        if min(sizes) == max(sizes):
+            return equal_all_gather(tensor_list, tensor, *args, **kwargs)
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        received = [torch.empty_like(padded) for _ in sizes]
+        equal_all_gather(received, padded, *args, **kwargs)
+        for target, source in zip(tensor_list, received, strict=True):
+            target.copy_(source[: len(target)])
+        return None
+
+    @functools.wraps(equal_reduce_scatter)
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        sizes = [len(t) if t.dim() else 1 for t in input_list]
+        if min(sizes) == max(sizes):
+            return equal_reduce_scatter(output, input_list, *args, **kwargs)
+        padded = [t.new_zeros(max(sizes), *t.shape[1:]) for t in input_list]
+        for target, source in zip(padded, input_list, strict=True):
+            target[: len(source)] = source
+        received = torch.empty_like(padded[0])
+        equal_reduce_scatter(received, padded, *args, **kwargs)
+        output.copy_(received[: len(output)])
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 def _redirect_megatron() -> None:
