@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -35,11 +36,11 @@ def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
     for name in parsed.compared:
         getattr(small, name)()
     ways.warm_up()
-    samples: Samples = {name: [] for name in (*parsed.compared, "masked")}
+    samples: Samples = {name: [] for name in ("masked", *parsed.compared)}
     for _ in range(parsed.repetitions):
-        for names in (("masked", "dense", "mcore"), ("trl", "verl")):
+        for neighbours in itertools.batched(samples, 2):
             fused = seconds(ways.fused)
-            for name in names:
+            for name in neighbours:
                 samples[name].append(seconds(getattr(ways, name)) / fused)
     return samples
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from drpo_megatron.vocab_parallel.chunks import statistics_dtype
 from drpo_megatron.vocab_parallel.logprob import owned_targets
 
-CACHE_ELEMENTS = 2**19
-"""Elements of a block of rows: 2 MiB in float32, and as much scratch."""
+CACHE_ELEMENTS = 160 * 2**10
+"""Elements of a thread's share of a block of rows: in float32 640 KiB, and as much scratch, fit a core's own cache."""
 
 # exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(−40) ≈ 4e-18 each: they count
 # as that much, which float32 cannot tell from zero beside the target's 1.
@@ -107,11 +107,12 @@ def gradient_(
 
 
 def rows_per_block(num_columns: int) -> int:
-    return max(1, CACHE_ELEMENTS // max(1, num_columns))
+    """Equally many rows for each thread: reductions over a row are divided by rows."""
+    return torch.get_num_threads() * max(1, CACHE_ELEMENTS // max(1, num_columns))
 
 
 def blocks(matrix_CV: Tensor) -> Iterator[slice]:
-    """Rows in blocks of about CACHE_ELEMENTS."""
+    """Rows in blocks of `rows_per_block`."""
     num_rows, num_columns = matrix_CV.shape
     step = rows_per_block(num_columns)
     return (slice(start, start + step) for start in range(0, num_rows, step))
