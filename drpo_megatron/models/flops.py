@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from drpo_megatron.models.hf_config import HFModelConfig
+
+
+@dataclass(frozen=True)
+class SequenceCost:
+    """Multiply-adds of one forward over a sequence, as a function of its length, without the output projection.
+
+    linear: weights that each token meets. quadratic: products for each pair of tokens, of which causal attention does
+    half.
+    """
+
+    linear: float
+    quadratic: float
+
+    @classmethod
+    def of(cls, hf: HFModelConfig) -> SequenceCost:
+        value_dim = hf.mla.v_head_dim if hf.mla else hf.head_dim
+        return cls(
+            linear=sum(_attention_weights(hf) + _mlp_weights(hf, layer) for layer in range(hf.num_layers)),
+            # scores, and their sum of values
+            quadratic=hf.num_layers * hf.num_heads * (hf.head_dim + value_dim),
+        )
+
+    def __call__(self, length: int) -> float:
+        return self.linear * length + self.quadratic * length * length / 2
 
 
 def training_flops(hf: HFModelConfig, lengths: Sequence[int], projected_tokens: int) -> float:
@@ -14,12 +39,8 @@ def training_flops(hf: HFModelConfig, lengths: Sequence[int], projected_tokens: 
     that a token reaches count. Causal attention does half of the L² products. `projected_tokens` positions reach the
     output projection: the sampled ones.
     """
-    weights = sum(_attention_weights(hf) + _mlp_weights(hf, layer) for layer in range(hf.num_layers))
-    linear = weights * sum(lengths) + hf.hidden_size * hf.vocab_size * projected_tokens
-    value_dim = hf.mla.v_head_dim if hf.mla else hf.head_dim
-    products = hf.num_heads * (hf.head_dim + value_dim)  # scores, and their sum of values
-    attention = hf.num_layers * products * sum(length * length for length in lengths) / 2
-    return 3 * 2.0 * (linear + attention)
+    cost = SequenceCost.of(hf)
+    return 3 * 2.0 * (sum(cost(length) for length in lengths) + hf.hidden_size * hf.vocab_size * projected_tokens)
 
 
 def _attention_weights(hf: HFModelConfig) -> int:

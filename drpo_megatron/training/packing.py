@@ -8,7 +8,7 @@ depend on how sequences fall into micro-batches or ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,27 +63,63 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
 
 
 def partition(
-    lengths: Sequence[int], num_ranks: int, token_budget: int, count_multiple: int = 1
+    lengths: Sequence[int],
+    num_ranks: int,
+    token_budget: int,
+    count_multiple: int = 1,
+    costs: Sequence[float] | None = None,
 ) -> list[list[list[int]]]:
     """Split sequences into micro-batches: `[rank][micro-batch] -> indices`, equally many micro-batches on each rank.
 
-    Longest first into the emptiest micro-batch; the number of micro-batches grows until each fits `token_budget` (a
-    longer sequence is alone) and is a multiple of `count_multiple`. A micro-batch may be empty. Deterministic.
+    `costs`, None for the lengths, are balanced: most expensive first into the cheapest micro-batch that has room in
+    `token_budget` (a longer sequence is alone), then micro-batches over ranks in the same way. Where the budget leaves
+    little room this can be worse than balancing lengths, so the better of the two is taken. The number of micro-batches
+    is the smallest multiple of `count_multiple` at which one of them has room for everything. The n-th micro-batches
+    of all ranks have similar costs. A micro-batch may be empty. Deterministic.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    costs = lengths if costs is None else costs
     per_rank = max(1, math.ceil(sum(lengths) / (num_ranks * token_budget)))
     while True:
         per_rank = math.ceil(per_rank / count_multiple) * count_multiple
-        bins: list[list[int]] = [[] for _ in range(num_ranks * per_rank)]
-        loads = [0] * len(bins)
-        for i in order:
-            emptiest = min(range(len(bins)), key=lambda b: (loads[b], b))
-            bins[emptiest].append(i)
-            loads[emptiest] += lengths[i]
-        if all(load <= token_budget or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
-            # Bin b goes to rank b mod ranks, so that the fullest bins are spread over the ranks.
-            return [bins[rank::num_ranks] for rank in range(num_ranks)]
+        filled = [_fill(lengths, balanced, num_ranks * per_rank, token_budget) for balanced in (costs, lengths)]
+        dealt = [_deal(bins, costs, num_ranks) for bins in filled if bins is not None]
+        if dealt:
+            return min(dealt, key=lambda shares: max(_total(share, costs) for share in shares))
         per_rank += 1
+
+
+def _total(share: list[list[int]], costs: Sequence[float]) -> float:
+    return sum(costs[i] for indices in share for i in indices)
+
+
+def _fill(
+    lengths: Sequence[int], balanced: Sequence[float], num_bins: int, token_budget: int
+) -> list[list[int]] | None:
+    """The sequences in `num_bins` micro-batches with about equal sums of `balanced`; None when they have no room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals, loads = [0.0] * num_bins, [0] * num_bins
+    for i in sorted(range(len(lengths)), key=lambda i: (-balanced[i], -lengths[i], i)):
+        with_room = [b for b in range(num_bins) if not bins[b] or loads[b] + lengths[i] <= token_budget]
+        if not with_room:
+            return None
+        chosen = min(with_room, key=lambda b: (totals[b], b))
+        bins[chosen].append(i)
+        totals[chosen] += balanced[i]
+        loads[chosen] += lengths[i]
+    return bins
+
+
+def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> list[list[list[int]]]:
+    """The same number of micro-batches to each rank, most expensive first, to the rank that has least to do."""
+    cost_of = [sum(costs[i] for i in indices) for indices in bins]
+    shares: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for b in sorted(range(len(bins)), key=lambda b: (-cost_of[b], b)):
+        open_ranks = [r for r in range(num_ranks) if len(shares[r]) < len(bins) // num_ranks]
+        chosen = min(open_ranks, key=lambda r: (totals[r], r))
+        shares[chosen].append(bins[b])
+        totals[chosen] += cost_of[b]
+    return shares
 
 
 def pack(
@@ -95,29 +131,42 @@ def pack(
     pad_multiple: int,
     count_multiple: int,
     version: int,
+    sequence_multiple: int = 1,
+    cost: Callable[[int], float] = float,
 ) -> list[TrainBatch]:
     """The micro-batches of one data-parallel rank, all padded to one length so that pipeline stages agree on shapes.
 
-    pad_multiple: the length is a multiple of this (tensor-parallel size under sequence parallelism).
-    count_multiple: the number of micro-batches is (pipeline size for the interleaved schedule).
-    version: the trainer's weight version, from which staleness is counted.
+    pad_multiple: the length is a multiple of this (`context.pack_multiple`). count_multiple: the number of
+    micro-batches is (pipeline size for the interleaved schedule). version: the trainer's weight version, from which
+    staleness is counted. sequence_multiple: each sequence is padded at its end to a multiple of this, and
+    `token_budget` counts that padding (twice the context-parallel size; it must divide pad_multiple). cost: of a
+    sequence by its length, what is balanced; its own length where nothing is known about the model. Raises ValueError
+    when sequence_multiple does not divide pad_multiple.
     """
-    lengths = [s.num_positions for s in sequences]
-    shares = partition(lengths, data_size, token_budget, count_multiple)
+    if pad_multiple % sequence_multiple:
+        raise ValueError(f"sequence_multiple = {sequence_multiple} must divide pad_multiple = {pad_multiple}")
+    lengths = [math.ceil(s.num_positions / sequence_multiple) * sequence_multiple for s in sequences]
+    shares = partition(lengths, data_size, token_budget, count_multiple, [cost(n) for n in lengths])
     longest = max(sum(lengths[i] for i in indices) for share in shares for indices in share)
     padded = math.ceil(max(longest, 1) / pad_multiple) * pad_multiple
-    return [_pack_one([sequences[i] for i in indices], padded, version) for indices in shares[data_rank]]
+    return [
+        _pack_one([sequences[i] for i in indices], [lengths[i] for i in indices], padded, version)
+        for indices in shares[data_rank]
+    ]
 
 
-def _pack_one(sequences: Sequence[TrainSequence], padded: int, version: int) -> TrainBatch:
-    lengths = [s.num_positions for s in sequences]
+def _pack_one(sequences: Sequence[TrainSequence], lengths: Sequence[int], padded: int, version: int) -> TrainBatch:
+    """One micro-batch of `padded` positions, `lengths` of them for each sequence."""
     padding = padded - sum(lengths)
-    # Padding is one more sequence without sampled tokens: nothing attends to it and it has no loss.
+    # Padding is one more sequence without sampled tokens: nothing attends to it and it has no loss. Nor does anything
+    # attend to the padding behind a sequence's last token, because attention is causal.
     bounds = np.cumsum([0, *lengths] + ([padding] if padding else []), dtype=np.int32)
 
     def joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-        flat = np.concatenate([*parts, np.zeros(padding)]) if parts else np.zeros(padded)
-        return torch.as_tensor(flat, dtype=dtype)
+        flat_T = np.zeros(padded)
+        for start, part in zip(bounds.tolist(), parts, strict=False):
+            flat_T[start : start + len(part)] = part
+        return torch.as_tensor(flat_T, dtype=dtype)
 
     return TrainBatch(
         tokens_T=joined([s.token_ids_L[:-1] for s in sequences], torch.int64),
@@ -127,7 +176,7 @@ def _pack_one(sequences: Sequence[TrainSequence], padded: int, version: int) -> 
         advantages_T=joined([np.full(s.num_positions, s.advantage) for s in sequences], torch.float32),
         mask_T=joined([s.sampled_L[1:] for s in sequences], torch.bool),
         weights_T=joined([np.full(s.num_positions, s.weight) * s.sampled_L[1:] for s in sequences], torch.float32),
-        sequence_ids_T=joined([np.full(n, i) for i, n in enumerate(lengths)], torch.int64),
+        sequence_ids_T=joined([np.full(s.num_positions, i) for i, s in enumerate(sequences)], torch.int64),
         staleness_T=joined([(version - s.version_L[1:]) * s.sampled_L[1:] for s in sequences], torch.float32),
         cu_seqlens=torch.as_tensor(bounds),
         max_seqlen=int(np.diff(bounds).max()),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from drpo_megatron.models.flops import SequenceCost
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
-from drpo_megatron.training.packing import pack, partition, train_sequences
+from drpo_megatron.training.packing import TrainSequence, pack, partition, train_sequences
 
 
 def make_groups(seed: int = 0, num_groups: int = 5) -> list[RolloutGroup]:
@@ -113,3 +114,73 @@ def test_partition_balances_and_respects_the_budget() -> None:
     for share in shares:
         for indices in share:
             assert sum(lengths[i] for i in indices) <= 12 or indices == [7]
+
+
+COST = SequenceCost(linear=3.6e9, quadratic=36 * 32 * 256)  # of a model with 4 billion parameters
+
+
+def largest_rank_cost(shares: list[list[list[int]]], lengths: list[int]) -> float:
+    return max(sum(COST(lengths[i]) for indices in share for i in indices) for share in shares)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("count_multiple", [1, 3])
+@pytest.mark.parametrize("budget", [16384, 40000])
+def test_balancing_cost_keeps_the_budget(num_ranks: int, count_multiple: int, budget: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(7, 1, 200).astype(int).clip(1, 16384).tolist()
+    costs = [COST(n) for n in lengths]
+    by_length = partition(lengths, num_ranks, budget, count_multiple)
+    by_cost = partition(lengths, num_ranks, budget, count_multiple, costs)
+    assert by_cost == partition(lengths, num_ranks, budget, count_multiple, costs)
+    assert len({len(share) for share in by_cost}) == 1 and len(by_cost[0]) % count_multiple == 0
+    assert len(by_cost[0]) <= len(by_length[0])
+    assert sorted(i for share in by_cost for indices in share for i in indices) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in indices) <= budget for share in by_cost for indices in share)
+    assert largest_rank_cost(by_cost, lengths) <= largest_rank_cost(by_length, lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "budget"),
+    [
+        ([16384] + [1000] * 60, 2, 65536),
+        ([16384] + [1000] * 60, 4, 32768),
+        ([30000] * 5 + [1500] * 100, 2, 65536),
+        ([30000] * 5 + [1500] * 100, 4, 65536),
+        ([30000] * 5 + [1500] * 100, 8, 65536),
+    ],
+)
+def test_with_skewed_lengths_the_largest_rank_costs_less(lengths: list[int], num_ranks: int, budget: int) -> None:
+    by_length = partition(lengths, num_ranks, budget)
+    by_cost = partition(lengths, num_ranks, budget, costs=[COST(n) for n in lengths])
+    assert largest_rank_cost(by_cost, lengths) < 0.97 * largest_rank_cost(by_length, lengths)
+
+
+def test_the_ranks_pack_what_balances_their_cost() -> None:
+    """One sequence of 40 tokens, whose attention costs as much as all others together, is alone on its rank."""
+    long_rank, short_rank = (
+        pack(
+            [sequence_of(40), *(sequence_of(10) for _ in range(8))],
+            data_rank=rank,
+            data_size=2,
+            token_budget=100,
+            pad_multiple=1,
+            count_multiple=1,
+            version=0,
+            cost=lambda length: float(length * length),
+        )
+        for rank in range(2)
+    )
+    assert [b.num_sequences for b in long_rank] == [1]
+    assert [b.num_sequences for b in short_rank] == [8]
+
+
+def sequence_of(positions: int) -> TrainSequence:
+    length = positions + 1
+    return TrainSequence(
+        token_ids_L=np.arange(length, dtype=np.int32),
+        sampled_L=np.arange(length) > 0,
+        logmu_L=np.zeros(length, dtype=np.float32),
+        version_L=np.zeros(length, dtype=np.int32),
+        advantage=1.0,
+        weight=1.0,
+    )
