@@ -73,7 +73,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {}
 """Name → loss, as written below, parameters unbound."""
 
 SEQUENCE_LEVEL_LOSSES = frozenset({"gspo"})
-"""Losses that need all tokens of a sequence in one `LossInputs`: they exclude context parallelism."""
+"""Losses that need all tokens of a sequence in one `LossInputs`."""
 
 
 def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -50,11 +50,6 @@ def _parallel(config: RunConfig) -> Iterator[str]:
         _ = config.layout
     except ValueError as error:
         yield f"parallel: {error}"
-    if config.parallel.context > 1:
-        yield (
-            f"parallel.context: {config.parallel.context} is not supported, because packed sequences are not split "
-            "over context-parallel ranks; set it to 1"
-        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from drpo_megatron.models.context_attention import context_attention
 
 
 class SDPACoreAttention(MegatronModule):
     """Causal attention by `scaled_dot_product_attention`, over a batch or over packed sequences, with grouped queries.
 
-    Packed sequences are attended one by one: the work is Σ length², and no [T, T] mask exists. Raises ValueError under
-    context parallelism.
+    Packed sequences are attended one by one: the work is Σ length², and no [T, T] mask exists. Context parallelism
+    splits packed sequences only (`context_attention`).
     """
 
     def __init__(
@@ -27,17 +30,15 @@ class SDPACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"the local core attention does not split the context: set parallel.context to 1 (it is "
-                f"{config.context_parallel_size}) or run on a GPU with Transformer Engine"
-            )
         if attn_mask_type is not AttnMaskType.causal:
             raise ValueError(f"the local core attention is causal only, the spec asks for {attn_mask_type}")
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -50,13 +51,22 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [s, b, n, d] with key and value [s, b, g, d] → [s, b, n·d]; packed: [T, n, d], [T, g, d] → [T, n·d]."""
+        """query [s, b, n, d] with key and value [s, b, g, d] → [s, b, n·d]; packed: [T, n, d], [T, g, d] → [T, n·d].
+
+        Under context parallelism the packed tensors are this rank's T/cp tokens, cu_seqlens the whole pack's.
+        """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("the local core attention is causal: pass neither attention_mask nor attention_bias")
         if packed_seq_params is None:
+            if self.context_group is not None:
+                raise ValueError("the local core attention splits packed sequences only: pass packed_seq_params")
             context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return context.permute(2, 0, 1, 3).flatten(2)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        if self.context_group is not None:
+            return context_attention(
+                query, key, value, bounds, group=self.context_group, softmax_scale=self.softmax_scale
+            )
         if bounds[-1] != query.size(0):
             raise ValueError(f"cu_seqlens ends at {bounds[-1]} and there are {query.size(0)} packed tokens")
         lengths = [end - start for start, end in itertools.pairwise(bounds)]

@@ -172,7 +172,7 @@ def build_model(
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
     "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
     `models.meta.rank_on_meta` it must be the meta device. Raises ValueError when the model does not divide over the
-    layout, or asks for context parallelism with the local specs.
+    layout.
     """
     check_layout(hf, layout)
     config = transformer_config(hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend)
@@ -231,24 +231,31 @@ def forward_packed(
 
     tokens_T, position_ids_T: int64 [T]. cu_seqlens: int32 [S + 1], from 0 to T, padding counted as a sequence of its
     own. max_seqlen: at least the longest of them. Rotary positions restart with each sequence of cu_seqlens. Under
-    sequence parallelism T must divide by the tensor-parallel size.
+    sequence parallelism T must divide by the tensor-parallel size. Under context parallelism the tokens are this
+    rank's T of the pack's cp·T (`models.context_attention`); cu_seqlens and max_seqlen are the whole pack's. With
+    Transformer Engine that was not run: no GPU.
 
     Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
     (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])
     for the next stage. Without sequence parallelism hidden states are equal on all tensor-parallel ranks, and their
     gradient must be summed over these ranks by the operation that projects them.
     """
-    if cu_seqlens.numel() > 2 and max_seqlen == tokens_T.numel():
+    context = unwrap(model).config.context_parallel_size
+    if cu_seqlens.numel() > 2 and max_seqlen == context * tokens_T.numel():
         # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
         # Positions would then count through the pack, and the float32 angles lose digits as they grow. One row more
         # makes it a table by position again.
         max_seqlen += 1
+    # Transformer Engine cuts the padded sequences into the ranks' chunks. Padding belongs to its sequence, at the end,
+    # where causal attention leaves it unseen: both kinds of bounds are the same, and nothing lies between sequences.
+    padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens, "pad_between_seqs": False}
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        **(padded if context > 1 else {}),
     )
     return model(
         input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from drpo_megatron.algorithms import SEQUENCE_LEVEL_LOSSES, LossInputs, TokenStats, evaluate, make_loss
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.records import TrainBatch
+from drpo_megatron.training.context import evaluate_whole_sequences
 from drpo_megatron.vocab_parallel import fused_logprobs, fused_policy_loss, project_logprobs
 
 
@@ -29,12 +30,14 @@ class Objective:
     """Σ weight·L(logπ) − entropy_coefficient·Σ weight·H over the sampled tokens of a micro-batch.
 
     The fused operation takes both gradients while it has the logits, for a token-level loss; a sequence-level loss
-    needs all log-probs of a sequence first, and the logits are computed again in the backward.
+    needs all log-probs of a sequence first, and the logits are computed again in the backward. Under context
+    parallelism a rank's micro-batch is its part of the sequences, and the sum over the ranks is the loss.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         self.algorithm = config.algorithm
         self.loss_function = make_loss(config.algorithm.loss, config.algorithm.loss_args)
+        self.context_group = parallel_state.get_context_parallel_group() if config.layout.context > 1 else None
         self.vocabulary: dict[str, Any] = {
             "group": parallel_state.get_tensor_model_parallel_group(),
             "sequence_parallel": config.layout.sequence_parallel,
@@ -90,9 +93,12 @@ class Objective:
             sequence_ids_T=batch.sequence_ids_T[mask_T],
             num_sequences=batch.num_sequences,
         )
-        outputs = evaluate(self.loss_function, inputs)
         weights_N = batch.weights_T[mask_T]
-        loss = (weights_N * outputs.loss_T).sum()
+        if self.context_group is not None and self.algorithm.loss in SEQUENCE_LEVEL_LOSSES:
+            loss, outputs = evaluate_whole_sequences(self.loss_function, inputs, weights_N, mask_T, self.context_group)
+        else:
+            outputs = evaluate(self.loss_function, inputs)
+            loss = (weights_N * outputs.loss_T).sum()
         if self.algorithm.entropy_coefficient:
             loss = loss - self.algorithm.entropy_coefficient * (weights_N * entropy_N).sum()
         return loss, TokenStats.of(inputs, outputs, entropy_N, weights_N, batch.staleness_T[mask_T])

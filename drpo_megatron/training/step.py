@@ -15,9 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from drpo_megatron.algorithms import TokenStats
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.builder import build_model, forward_packed, output_weight
+from drpo_megatron.models.flops import SequenceCost
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform import device, spec_backend
 from drpo_megatron.records import TrainBatch
+from drpo_megatron.training.context import pack_multiple, sequence_multiple, split_context
 from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
 from drpo_megatron.training.packing import TrainSequence, pack
@@ -28,8 +30,9 @@ from drpo_megatron.weights.importer import load_hf
 class UpdateResult:
     """What one update leaves behind.
 
-    stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. tail_bound: the
-    largest relative bound on the gradient error of this rank's sparse backward, 0 when exact.
+    stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. Data and context
+    parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
+    sparse backward, 0 when exact.
     """
 
     stats: TokenStats | None
@@ -59,6 +62,7 @@ class Policy:
         self.chunks = wrap_data_parallel(self.modules, config.optimizer.distributed)
         self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
         self.guard = UpdateGuard(limit=config.training.max_skipped_updates)
+        self.cost = SequenceCost.of(self.hf)
         self.objective = Objective(config, self.hf.vocab_size)
         self.forward_backward = get_forward_backward_func()
 
@@ -73,20 +77,24 @@ class Policy:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=self.layout.data,
             token_budget=self.config.training.tokens_per_micro_batch,
-            pad_multiple=self.layout.tensor if self.layout.sequence_parallel else 1,
+            pad_multiple=pack_multiple(self.layout),
+            sequence_multiple=sequence_multiple(self.layout),
+            cost=self.cost,
             count_multiple=self.layout.pipeline if self.layout.virtual_pipeline else 1,
             version=version,
         )
+        packed_length = len(micro_batches[0].tokens_T)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = [b.to(device()) for b in micro_batches]
+        rank, size = parallel_state.get_context_parallel_rank(), self.layout.context
+        micro_batches = [split_context(b, rank, size).to(device()) for b in micro_batches]
         reports: list[MicroBatchReport] = self.forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=len(micro_batches[0].tokens_T),
+            seq_length=packed_length,  # the schedule divides it by the context and sequence parallel sizes
             micro_batch_size=1,
             forward_only=False,
         )

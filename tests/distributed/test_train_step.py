@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,22 @@ def make_sequences(vocab_size: int) -> list[TrainSequence]:
     return sequences
 
 
-def reference_update(model_path: Path, sequences: list[TrainSequence]) -> dict[str, Any]:
-    """The same update in float64 by transformers' forward, one sequence at a time, autograd and torch's AdamW."""
-    from transformers import AutoModelForCausalLM
+def drpo(logp_N: torch.Tensor, logmu_N: torch.Tensor, advantage: float) -> torch.Tensor:
+    r_N = (logp_N - logmu_N).exp()
+    return -advantage * r_N + abs(advantage) * logmu_N.exp() * (r_N - 1) ** 2 / (2 * DELTA)
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+
+def reference_update(
+    model_path: Path, sequences: list[TrainSequence], loss: Callable[..., Any] = drpo
+) -> dict[str, Any]:
+    """The same update in float64 by transformers' forward, one sequence at a time, autograd and torch's AdamW.
+
+    loss: (log π, log μ, advantage) of a sequence's sampled tokens to their losses. Weights have the names in the files.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, experts_implementation="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, eps=EPS)
     total = torch.zeros((), dtype=torch.float64)
     for s in sequences:
@@ -75,13 +87,11 @@ def reference_update(model_path: Path, sequences: list[TrainSequence]) -> dict[s
         logp_LV = torch.log_softmax(model(tokens_L[None, :-1]).logits[0] / TEMPERATURE, -1)
         logp_L = logp_LV.gather(1, tokens_L[1:, None])[:, 0]
         mask_L, logmu_L = torch.from_numpy(s.sampled_L[1:]), torch.from_numpy(s.logmu_L[1:])
-        r_L = (logp_L - logmu_L).exp()
-        loss_L = -s.advantage * r_L + abs(s.advantage) * logmu_L.exp() * (r_L - 1) ** 2 / (2 * DELTA)
-        total = total + s.weight * loss_L[mask_L].sum()
+        total = total + s.weight * loss(logp_L[mask_L], logmu_L[mask_L], s.advantage).sum()
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weights = revert_weight_conversion(model, {n: p.detach().clone() for n, p in model.named_parameters()})
     return {"loss": float(total.detach()), "grad_norm": float(norm), "weights": weights}
 
 
