@@ -178,7 +178,7 @@ class ParallelConfig(Section):
     last_stage_layers: int | None = Field(None, gt=0)
     """Layers of the last pipeline stage, which also holds the output projection. null: as many as the other stages."""
     context: int = Field(1, gt=0)
-    """Context-parallel size (CP)."""
+    """Context-parallel size (CP): ranks that share every sequence, which is padded to a multiple of twice this size."""
     expert: int = Field(1, gt=0)
     """Expert-parallel size (EP)."""
     expert_tensor: int = Field(1, gt=0)
@@ -218,7 +218,8 @@ class TrainingConfig(Section):
     updates_per_batch: int = Field(1, gt=0)
     """Optimizer updates on each rollout batch, on disjoint parts of its groups."""
     tokens_per_micro_batch: int = Field(8192, gt=0)
-    """Token budget of a packed micro-batch on one data-parallel rank. A longer sequence is alone."""
+    """Token budget of a packed micro-batch on one data-parallel rank, its context-parallel ranks together. A longer
+    sequence is alone."""
     threads: int = Field(1, gt=0)
     """CPU threads of a training rank, where it runs on CPU."""
     max_skipped_updates: int = Field(3, gt=0)
