@@ -86,7 +86,8 @@ class TrainBatch:
     predicts. logmu_T, advantages_T (float32) belong to labels_T. mask_T (bool) is true where labels_T was sampled by
     the policy. weights_T (float32) carries the aggregation with its global denominator, so that `loss = Σ_t
     weights_T·L_T` over all micro-batches and data-parallel ranks. sequence_ids_T (int64) numbers the sequences of this
-    micro-batch from 0.
+    micro-batch from 0. On a context-parallel rank the `_T` are its part (`training.context.split_context`) and the
+    bounds those of the whole pack.
     """
 
     tokens_T: torch.Tensor

@@ -48,7 +48,8 @@ def context_attention(
 
     bounds: cu_seqlens of the pack, from 0 to T. n is a multiple of g. Collective over `group`, in the backward too: the
     gradients of keys and values are summed over the ranks whose queries saw them (reduce-scatter). The largest mask is
-    that of one chunk's queries over its sequence. Raises ValueError when the bounds do not belong to the tokens.
+    that of one chunk's queries over its sequence. All T keys and values are kept for the backward, unless the core
+    attention is recomputed. Raises ValueError when the bounds do not belong to the tokens.
     """
     rank, size = group.rank(), group.size()
     if bounds[-1] != size * query.size(0):
