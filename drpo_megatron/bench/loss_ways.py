@@ -119,12 +119,6 @@ class Ways:
         """Every second token."""
         self.fused(mask_T=torch.arange(len(self.hidden_TH), device=device()) % 2 == 0)
 
-    def bare(self) -> None:
-        """The three products, in the fused way's chunks."""
-        products = _BareProducts(self)
-        while products.more:
-            products.next_chunk()
-
     def warm_up(self) -> None:
         """A chunk of bare products: threads and libraries are ready after it."""
         _BareProducts(self).next_chunk()
@@ -172,11 +166,11 @@ class Ways:
             vocab_parallel_entropy(logits_TV)
         self._backward(vocab_parallel_log_probs_from_logits(logits_TV, self.targets_T))
 
-    def ratio_to_bare(self) -> float:
-        """Seconds of the fused way over seconds of its bare products, the two alternating chunk by chunk.
+    def ratio_to_bare(self, **options: Any) -> tuple[float, FusedLoss]:
+        """Seconds of the fused way over seconds of its bare products, the two alternating chunk by chunk; its result.
 
-        The fused way calls the loss function once a chunk; there its clock stops and a chunk of bare products runs. So
-        both meet the same neighbours on a shared machine.
+        The fused way calls the loss function once a chunk; there its clock stops and a chunk of bare products runs,
+        into a buffer of its own. So both meet the same neighbours on a shared machine. Options: see `fused_loss`.
         """
         bare, bare_seconds = _BareProducts(self), 0.0
 
@@ -191,12 +185,12 @@ class Ways:
 
         synchronize()
         start = time.perf_counter()
-        self.fused(loss_function=pausing)
+        result = self.fused(loss_function=pausing, **options)
         synchronize()
         total = time.perf_counter() - start
         if bare.more:
             raise RuntimeError("the fused way called the loss function fewer times than it has chunks")
-        return (total - bare_seconds) / bare_seconds
+        return (total - bare_seconds) / bare_seconds, result
 
     def _backward(self, logp_T: Tensor) -> None:
         inputs = LossInputs(
@@ -219,6 +213,7 @@ class _BareProducts:
         self._ways, self._size, self._start = ways, ways.chunk, 0
         self._buffer_CV = ways.hidden_TH.new_empty(self._size, ways.weight_VH.shape[0])
         self._grad_TH = torch.empty_like(ways.hidden_TH)
+        self._grad_VH = torch.zeros_like(ways.weight_VH)
 
     @property
     def more(self) -> bool:
@@ -230,7 +225,7 @@ class _BareProducts:
         hidden_CH, weight_VH = self._ways.hidden_TH[rows], self._ways.weight_VH
         logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=self._buffer_CV[: len(hidden_CH)])
         torch.mm(logits_CV, weight_VH, out=self._grad_TH[rows])
-        self._ways.main_grad_VH.addmm_(logits_CV.t(), hidden_CH)
+        self._grad_VH.addmm_(logits_CV.t(), hidden_CH)
         self._start += self._size
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from drpo_megatron.vocab_parallel.chunks import WeightGradient, statistics_dtype
 
-COLUMN_BLOCK = 2048
-"""Columns looked at, or gathered, at a time: their copies stay small."""
+COLUMN_BLOCK, ROW_BLOCK = 2048, 16
+"""Columns gathered, and rows looked at, at a time: the copies stay small, and a row block stays in a cache."""
 
 ROW_GROUPS, SMALLEST_GROUP = 4, 64
 """Groups of a chunk's rows, and the rows below which a group is not worth a product of its own."""
@@ -238,16 +238,16 @@ def _sums(
     Without `signed` no absolute value is taken: only the targets' entries are negative, and those are never left out.
     """
     num_rows, num_columns = operand_CV.shape
-    mass_GV = row_weights_GC.new_empty(len(row_weights_GC), num_columns)
-    bound_C, sum_C = row_weights_GC.new_zeros(2, num_rows).unbind()
-    for start in range(0, num_columns, COLUMN_BLOCK):
-        columns = slice(start, start + COLUMN_BLOCK)
-        block_CB = operand_CV[:, columns].to(mass_GV.dtype)
-        sum_C += block_CB.sum(1)
+    mass_GV = row_weights_GC.new_zeros(len(row_weights_GC), num_columns)
+    bound_C, sum_C = row_weights_GC.new_empty(2, num_rows).unbind()
+    for start in range(0, num_rows, ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        block_BV = operand_CV[rows].to(mass_GV.dtype)
+        torch.sum(block_BV, 1, out=sum_C[rows])
         if signed:
-            block_CB = block_CB.abs()
-        bound_C.addmv_(block_CB, column_weights_V[columns])
-        mass_GV[:, columns] = torch.mm(row_weights_GC, block_CB)
+            block_BV = block_BV.abs()
+        torch.mv(block_BV, column_weights_V, out=bound_C[rows])
+        mass_GV.addmm_(row_weights_GC[:, rows], block_BV)
     return mass_GV, bound_C, sum_C
 
 
