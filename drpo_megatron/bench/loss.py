@@ -25,7 +25,7 @@ from drpo_megatron.bench.report import Figure
 
 VOCABULARY, TOKENS, LONG = 151_936, 4_096, 32_768
 HIDDEN = (1_024, 4_096)
-REPETITIONS = 3
+REPETITIONS, LARGE_REPETITIONS = 3, 2
 SERIES_TOKENS = (512, 1_024, 2_048, 4_096)
 SERIES_COLUMNS = (37_984, 75_968, 113_952, 151_936)
 COMPARED = ("dense", "mcore", "trl", "verl")
@@ -39,8 +39,12 @@ def measure() -> dict[str, Figure]:
     """
     check_peers()
     small, threads = HIDDEN[0], os.cpu_count() or 1
-    tp1 = [run_worker(1, "ratio", hidden=hidden)["ratio"] for hidden in HIDDEN]
-    tp2 = [run_worker(2, "ratio", hidden=hidden)["ratio"] for hidden in HIDDEN]
+    # A pass at the larger hidden size is ten pairs of chunks of many seconds each.
+    counts = dict(zip(HIDDEN, (REPETITIONS, LARGE_REPETITIONS), strict=True))
+    tp1, tp2 = (
+        [run_worker(ranks, "ratio", hidden=hidden, repetitions=count)["ratio"] for hidden, count in counts.items()]
+        for ranks in (1, 2)
+    )
     ways = run_worker(1, "ways", hidden=small)
     memory = {name: run_worker(1, f"memory-{name}", hidden=small)["bytes"][0] for name in ("fused", "dense")}
     long = run_worker(1, "memory-fused", hidden=small, tokens=LONG)["bytes"][0]
@@ -86,6 +90,7 @@ def run_worker(
     hidden: int,
     vocabulary: int = VOCABULARY,
     tokens: int = TOKENS,
+    repetitions: int | None = None,
     series: str = "",
     problem: Path | None = None,
 ) -> dict[str, list[float]]:
@@ -93,7 +98,7 @@ def run_worker(
     threads = max(1, (os.cpu_count() or 1) // ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "drpo_megatron.bench.loss_worker", f"--task={task}", f"--hidden={hidden}"]
-    command += [f"--vocabulary={vocabulary}", f"--tokens={tokens}", f"--repetitions={REPETITIONS}"]
+    command += [f"--vocabulary={vocabulary}", f"--tokens={tokens}", f"--repetitions={repetitions or REPETITIONS}"]
     command += ["--compared", *COMPARED]
     if series:
         sizes = SERIES_TOKENS if series == "tokens" else SERIES_COLUMNS

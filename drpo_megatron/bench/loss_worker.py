@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import time
@@ -30,7 +29,7 @@ def ratio(ways: Ways, parsed: argparse.Namespace) -> Samples:
 
 
 def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
-    """Every other way over the fused one before it; every second token over all."""
+    """Every other way over the fused one of the same round; every second token over all."""
     use_peers()
     small = Ways.random(64, 64, 512)  # so that no import is timed
     for name in parsed.compared:
@@ -38,10 +37,9 @@ def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
     ways.warm_up()
     samples: Samples = {name: [] for name in ("masked", *parsed.compared)}
     for _ in range(parsed.repetitions):
-        for neighbours in itertools.batched(samples, 2):
-            fused = seconds(ways.fused)
-            for name in neighbours:
-                samples[name].append(seconds(getattr(ways, name)) / fused)
+        fused = seconds(ways.fused)
+        for name in samples:
+            samples[name].append(seconds(getattr(ways, name)) / fused)
     return samples
 
 
