@@ -93,6 +93,10 @@ def transformer_config(
         **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
+        # With two stages the interleaved schedule sends activations and gradients to the same rank. One batch of
+        # operations would match them by their order, which is not the same on both sides.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         # Packs are padded to one length, so stages need not exchange shapes.
         variable_seq_lengths=False,
         # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
