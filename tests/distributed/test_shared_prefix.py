@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.training.packing import TrainSequence
 from tests.distributed.test_train_step import DELTA, LR, reference_update, run_config
 from tests.ranks import run_ranks
@@ -64,6 +65,15 @@ def grouped_sequences() -> list[TrainSequence]:
     return sequences
 
 
+def copies(layout: ParallelLayout, parameter: torch.nn.Parameter) -> int:
+    """Ranks that hold the same part of a parameter. Where there are several, each has the whole gradient of its own
+    shard only.
+    """
+    if getattr(parameter, "allreduce", True):
+        return layout.data
+    return layout.tensor * layout.data // (layout.expert * layout.expert_tensor)
+
+
 def updates_on_ranks(directory: str, sequences: list[TrainSequence]) -> list[list[Any]]:
     """[case][mode] → what one update computed and left behind on this rank."""
     import torch.distributed as dist
@@ -102,11 +112,11 @@ def updates_on_ranks(directory: str, sequences: list[TrainSequence]) -> list[lis
                     "grad_norm": result.grad_norm,
                     "flops": result.flops,
                     "saved": result.tokens_saved_frac,
-                    # With data parallelism a rank's buffer is whole in its own shard only.
                     "gradients": {
                         f"{chunk}.{name}": parameter.main_grad.numpy().copy()
-                        for chunk, module in enumerate(policy.modules if config.layout.data == 1 else [])
+                        for chunk, module in enumerate(policy.modules)
                         for name, parameter in module.named_parameters()
+                        if copies(config.layout, parameter) == 1
                     },
                     "after": {n: t.numpy().copy() for b in iter_hf_tensors(policy.modules, policy.hf) for n, t in b},
                 }
