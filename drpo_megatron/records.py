@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # verifier processes and the configuration checks read records and do without torch
     import torch
 
+    from drpo_megatron.models.shared_prefixes import SharedPrefixes
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -87,7 +89,8 @@ class TrainBatch:
     the policy. weights_T (float32) carries the aggregation with its global denominator, so that `loss = Σ_t
     weights_T·L_T` over all micro-batches and data-parallel ranks. sequence_ids_T (int64) numbers the sequences of this
     micro-batch from 0. On a context-parallel rank the `_T` are its part (`training.context.split_context`) and the
-    bounds those of the whole pack.
+    bounds those of the whole pack. prefixes: None, or the pack is one with shared prefixes: a sequence is then a
+    segment, which may continue another one, and its position ids count on from there.
     """
 
     tokens_T: torch.Tensor
@@ -102,6 +105,7 @@ class TrainBatch:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_sequences: int
+    prefixes: SharedPrefixes | None = None
 
     def to(self, device: torch.device) -> TrainBatch:
         moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}

@@ -14,6 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from drpo_megatron.models.context_attention import context_attention
+from drpo_megatron.models.packs import PrefixPackedSeqParams
+from drpo_megatron.models.prefix_attention import prefix_attention
 
 
 class SDPACoreAttention(MegatronModule):
@@ -62,6 +64,8 @@ class SDPACoreAttention(MegatronModule):
                 raise ValueError("the local core attention splits packed sequences only: pass packed_seq_params")
             context = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return context.permute(2, 0, 1, 3).flatten(2)
+        if isinstance(packed_seq_params, PrefixPackedSeqParams):
+            return prefix_attention(query, key, value, packed_seq_params, self.softmax_scale)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         if self.context_group is not None:
             return context_attention(

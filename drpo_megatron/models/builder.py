@@ -21,7 +21,9 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from drpo_megatron import platform
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
+from drpo_megatron.models.packs import prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
+from drpo_megatron.models.shared_prefixes import SharedPrefixes
 from drpo_megatron.models.specs import SpecBackend, block_spec
 from drpo_megatron.platform.layout import ParallelLayout
 
@@ -91,6 +93,10 @@ def transformer_config(
         **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
+        # With two stages the interleaved schedule sends activations and gradients to the same rank. One batch of
+        # operations would match them by their order, which is not the same on both sides.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         # Packs are padded to one length, so stages need not exchange shapes.
         variable_seq_lengths=False,
         # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
@@ -205,6 +211,7 @@ def _build_chunk(
     if hf.mla is None:
         # Multi-latent attention layers have their own.
         model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(device)
+    rotate_by_position(model)
     if model.post_process:
         if type(model.output_layer) is not ColumnParallelLinear:
             raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")
@@ -226,6 +233,7 @@ def forward_packed(
     position_ids_T: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
+    prefixes: SharedPrefixes | None = None,
 ) -> torch.Tensor:
     """Run one model chunk, wrapped or not, on packed sequences.
 
@@ -233,13 +241,16 @@ def forward_packed(
     own. max_seqlen: at least the longest of them. Rotary positions restart with each sequence of cu_seqlens. Under
     sequence parallelism T must divide by the tensor-parallel size. Under context parallelism the tokens are this
     rank's T of the pack's cp·T (`models.context_attention`); cu_seqlens and max_seqlen are the whole pack's. With
-    Transformer Engine that was not run: no GPU.
+    Transformer Engine that was not run: no GPU. prefixes: the sequences are segments that may continue one another;
+    rotary positions are then position_ids_T, and cu_seqlens and max_seqlen are not read.
 
     Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
     (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])
     for the next stage. Without sequence parallelism hidden states are equal on all tensor-parallel ranks, and their
     gradient must be summed over these ranks by the operation that projects them.
     """
+    if prefixes is not None:
+        return _forward(model, tokens_T, position_ids_T, prefix_packed_seq_params(prefixes, position_ids_T))
     context = unwrap(model).config.context_parallel_size
     if cu_seqlens.numel() > 2 and max_seqlen == context * tokens_T.numel():
         # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
@@ -257,6 +268,12 @@ def forward_packed(
         max_seqlen_kv=max_seqlen,
         **(padded if context > 1 else {}),
     )
+    return _forward(model, tokens_T, position_ids_T, packed)
+
+
+def _forward(
+    model: torch.nn.Module, tokens_T: torch.Tensor, position_ids_T: torch.Tensor, packed: PackedSeqParams
+) -> torch.Tensor:
     return model(
         input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed
     )

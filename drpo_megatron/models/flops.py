@@ -12,6 +12,8 @@ from drpo_megatron.models.hf_config import HFModelConfig
 class SequenceCost:
     """Multiply-adds of one forward over a sequence, as a function of its length, without the output projection.
 
+    Positions before it that it attends to, and that are not computed again, count with their products only.
+
     linear: weights that each token meets. quadratic: products for each pair of tokens, of which causal attention does
     half.
     """
@@ -28,19 +30,24 @@ class SequenceCost:
             quadratic=hf.num_layers * hf.num_heads * (hf.head_dim + value_dim),
         )
 
-    def __call__(self, length: int) -> float:
-        return self.linear * length + self.quadratic * length * length / 2
+    def __call__(self, length: int, prefix_length: int = 0) -> float:
+        return self.linear * length + self.quadratic * length * (prefix_length + length / 2)
 
 
-def training_flops(hf: HFModelConfig, lengths: Sequence[int], projected_tokens: int) -> float:
+def training_flops(
+    hf: HFModelConfig, lengths: Sequence[int], projected_tokens: int, prefix_lengths: Sequence[int] | None = None
+) -> float:
     """FLOPs of one forward and backward over sequences of these lengths (recomputation not counted).
+
+    prefix_lengths: for each sequence, the positions before it that it attends to and that are not computed again.
 
     Matrix products only: 2 FLOPs a multiply-add, and the backward is twice the forward. Of the routed experts those
     that a token reaches count. Causal attention does half of the L² products. `projected_tokens` positions reach the
     output projection: the sampled ones.
     """
     cost = SequenceCost.of(hf)
-    return 3 * 2.0 * (sum(cost(length) for length in lengths) + hf.hidden_size * hf.vocab_size * projected_tokens)
+    computed = sum(map(cost, lengths, prefix_lengths or [0] * len(lengths)))
+    return 3 * 2.0 * (computed + hf.hidden_size * hf.vocab_size * projected_tokens)
 
 
 def _attention_weights(hf: HFModelConfig) -> int:

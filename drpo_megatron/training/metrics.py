@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from drpo_megatron.algorithms import TokenStats, fraction_without_signal, summarize
 from drpo_megatron.config.schema import RunConfig
-from drpo_megatron.models.flops import training_flops
-from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.records import Metrics, RolloutGroup
 from drpo_megatron.training.step import UpdateResult
 
@@ -27,7 +25,6 @@ def step_metrics(
     skipped_updates: int,
     peak_memory_bytes: int,
     peak_flops_per_s: float | None,
-    model: HFModelConfig,
 ) -> Metrics:
     """Names as in docs/metrics.md. `results_by_rank[rank][update]`; token statistics come from the ranks that have
     them.
@@ -44,7 +41,7 @@ def step_metrics(
     metrics |= {name: value for name, value in first.items() if name.startswith(FIRST_UPDATE)}
     last = results_by_rank[0][-1]
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
-    performance = _performance(config, groups, verb_seconds, model)
+    performance = _performance(config, groups, results_by_rank[0], verb_seconds)
     performance["perf/mfu"] = performance["perf/tflops_per_gpu"] * 1e12 / (peak_flops_per_s or math.nan)
     metrics["loss/tail_bound"] = max(result.tail_bound for results in results_by_rank for result in results)
     return metrics | _rollout_metrics(groups) | performance | {"memory/peak_gb": peak_memory_bytes / 1e9} | sync
@@ -70,21 +67,22 @@ def _rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 def _performance(
     config: RunConfig,
     groups: Sequence[RolloutGroup],
+    updates: Sequence[UpdateResult],
     verb_seconds: Mapping[str, float],
-    model: HFModelConfig,
 ) -> Metrics:
-    """Rates are per second of the verb they belong to; `perf/tokens_per_s` counts trained positions over the whole
-    step.
+    """Rates are per second of the verb they belong to; `perf/tokens_per_s` counts positions over the whole step. They
+    count a prompt once a sample; FLOPs are those that are computed, with a shared prompt counted once a pack.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     sampled = sum(len(r.response_ids) for r in rollouts)
     lengths = [len(r.prompt.token_ids) + len(r.response_ids) - 1 for r in rollouts]
     step_s = sum(verb_seconds.values())
-    flops_per_s_rank = training_flops(model, lengths, sampled) / verb_seconds["train"] / config.layout.world_size
+    flops_per_s_rank = sum(update.flops for update in updates) / verb_seconds["train"] / config.layout.world_size
     return {f"perf/{verb}_s": seconds for verb, seconds in verb_seconds.items()} | {
         "perf/step_s": step_s,
         "perf/tokens_per_s": sum(lengths) / step_s,
         "perf/generate_tokens_per_s": sampled / verb_seconds["generate"],
         "perf/train_tokens_per_s": sum(lengths) / verb_seconds["train"],
         "perf/tflops_per_gpu": flops_per_s_rank / 1e12,
+        "pack/tokens_saved_frac": sum(update.tokens_saved_frac for update in updates) / len(updates),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class TrainSequence:
 
     token_ids_L int32; sampled_L bool: the policy sampled this token; logmu_L float32 and version_L int32: meaningful
     where sampled; advantage: of every sampled token; weight: of every sampled token in the loss of its update.
+    prompt_length: tokens at the start that all samples of its group have; 0 where that is not known.
     """
 
     token_ids_L: np.ndarray
@@ -32,11 +33,17 @@ class TrainSequence:
     version_L: np.ndarray
     advantage: float
     weight: float
+    prompt_length: int = 0
 
     @property
     def num_positions(self) -> int:
         """Positions the model computes: the last token predicts nothing that was sampled, so it is not an input."""
         return len(self.token_ids_L) - 1
+
+    def part(self, start: int, stop: int | None = None) -> TrainSequence:
+        """Its tokens from start to stop, as a sequence of its own."""
+        arrays = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name.endswith("_L")}
+        return replace(self, **arrays)
 
 
 def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: int) -> list[TrainSequence]:
@@ -57,6 +64,7 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
                 version_L=np.asarray(nothing + rollout.weight_versions, dtype=np.int32),
                 advantage=float(rollout.advantage),
                 weight=float(weight),
+                prompt_length=num_prompt,
             )
         )
     return sequences
@@ -150,13 +158,13 @@ def pack(
     longest = max(sum(lengths[i] for i in indices) for share in shares for indices in share)
     padded = math.ceil(max(longest, 1) / pad_multiple) * pad_multiple
     return [
-        _pack_one([sequences[i] for i in indices], [lengths[i] for i in indices], padded, version)
+        pack_segments([sequences[i] for i in indices], [lengths[i] for i in indices], padded, version)
         for indices in shares[data_rank]
     ]
 
 
-def _pack_one(sequences: Sequence[TrainSequence], lengths: Sequence[int], padded: int, version: int) -> TrainBatch:
-    """One micro-batch of `padded` positions, `lengths` of them for each sequence."""
+def pack_segments(sequences: Sequence[TrainSequence], lengths: Sequence[int], padded: int, version: int) -> TrainBatch:
+    """One micro-batch of `padded` positions, `lengths` of them for each sequence, whose position ids start at 0."""
     padding = padded - sum(lengths)
     # Padding is one more sequence without sampled tokens: nothing attends to it and it has no loss. Nor does anything
     # attend to the padding behind a sequence's last token, because attention is causal.

@@ -155,7 +155,6 @@ class Run:
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),
-            model=self.policy.hf,
         )
         self.tracker.log(self.step, metrics)
         self.tracker.dump_rollouts(self.step, groups)

@@ -15,14 +15,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from drpo_megatron.algorithms import TokenStats
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.builder import build_model, forward_packed, output_weight
-from drpo_megatron.models.flops import SequenceCost
+from drpo_megatron.models.flops import SequenceCost, training_flops
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform import device, spec_backend
 from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.context import pack_multiple, sequence_multiple, split_context
 from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
-from drpo_megatron.training.packing import TrainSequence, pack
+from drpo_megatron.training.packing import TrainSequence
+from drpo_megatron.training.prefix import pack_update, sharing_mode
 from drpo_megatron.weights.importer import load_hf
 
 
@@ -32,7 +33,8 @@ class UpdateResult:
 
     stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. Data and context
     parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
-    sparse backward, 0 when exact.
+    sparse backward, 0 when exact. flops: of the forward and backward on all ranks together. tokens_saved_frac: share of
+    its positions that a rank saved by shared prefixes.
     """
 
     stats: TokenStats | None
@@ -40,6 +42,8 @@ class UpdateResult:
     applied: bool
     learning_rate: float
     tail_bound: float
+    flops: float
+    tokens_saved_frac: float
 
 
 class Policy:
@@ -50,6 +54,7 @@ class Policy:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.layout = config.layout
+        self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context)
         self.hf = HFModelConfig.load(config.model.path)
         self.modules = build_model(
             self.hf,
@@ -72,8 +77,9 @@ class Policy:
         version: the weight version before the update. Raises FloatingPointError after too many skipped updates in a
         row.
         """
-        micro_batches = pack(
+        packed = pack_update(
             sequences,
+            self.sharing,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=self.layout.data,
             token_budget=self.config.training.tokens_per_micro_batch,
@@ -83,12 +89,12 @@ class Policy:
             count_multiple=self.layout.pipeline if self.layout.virtual_pipeline else 1,
             version=version,
         )
-        packed_length = len(micro_batches[0].tokens_T)
+        packed_length = len(packed.micro_batches[0].tokens_T)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rank, size = parallel_state.get_context_parallel_rank(), self.layout.context
-        micro_batches = [split_context(b, rank, size).to(device()) for b in micro_batches]
+        micro_batches = [split_context(b, rank, size).to(device()) for b in packed.micro_batches]
         reports: list[MicroBatchReport] = self.forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self.chunks],
@@ -107,11 +113,15 @@ class Policy:
             # One copy off the device: the record travels to rank 0 as a Python object.
             stats = TokenStats.from_matrix(TokenStats.cat([r.stats for r in reports]).matrix().cpu())
         tail_bound = max((r.tail_bound for r in reports), default=0.0)
-        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound)
+        sampled = sum(int(s.sampled_L[1:].sum()) for s in sequences)
+        flops = training_flops(self.hf, packed.lengths, sampled, packed.prefix_lengths)
+        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound, flops, packed.tokens_saved_frac)
 
     def _forward_step(self, batches: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, object]:
         batch = next(batches)
-        hidden = forward_packed(model, batch.tokens_T, batch.position_ids_T, batch.cu_seqlens, batch.max_seqlen)
+        hidden = forward_packed(
+            model, batch.tokens_T, batch.position_ids_T, batch.cu_seqlens, batch.max_seqlen, batch.prefixes
+        )
         return hidden, partial(self._loss, batch, model)
 
     def _loss(

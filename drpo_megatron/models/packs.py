@@ -1,0 +1,107 @@
+"""A pack with shared prefixes on its way through Megatron-Core, and rotary embeddings that take its positions."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from drpo_megatron.models.shared_prefixes import SharedPrefixes
+
+
+@dataclass
+class PrefixPackedSeqParams(PackedSeqParams):
+    """A pack with shared prefixes, as it travels through Megatron-Core to the rotary embedding and the core attention.
+
+    prefixes: the segments. rotary_positions_T: int64 [T]. max_positions: more than the largest of them.
+
+    Its cu_seqlens call the whole pack one sequence. That is what Megatron-Core's unfused rotary embedding needs in
+    order to take the table's T rows in their order; core attentions read `prefixes`.
+    """
+
+    prefixes: SharedPrefixes | None = None
+    rotary_positions_T: torch.Tensor | None = None
+    max_positions: int = 0
+
+    @functools.cached_property
+    def plans(self) -> dict[str, Any]:
+        """What a core attention derives from `prefixes`, by its own name: made once, used by all layers."""
+        return {}
+
+
+def prefix_packed_seq_params(prefixes: SharedPrefixes, position_ids_T: torch.Tensor) -> PrefixPackedSeqParams:
+    """Raises ValueError when there are not as many positions as the segments hold."""
+    total = prefixes.bounds[-1]
+    if total != len(position_ids_T):
+        raise ValueError(f"the segments end at {total} and there are {len(position_ids_T)} packed tokens")
+    cu_seqlens = torch.tensor([0, total], dtype=torch.int32, device=position_ids_T.device)
+    return PrefixPackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=total,
+        max_seqlen_kv=total,
+        prefixes=prefixes,
+        rotary_positions_T=position_ids_T,
+        max_positions=max(map(sum, zip(prefixes.prefix_lengths, prefixes.lengths, strict=True))),
+    )
+
+
+class _ByPosition:
+    """Rotary frequencies with one row a packed token for packs with shared prefixes, Megatron-Core's otherwise.
+
+    What `get_rotary_seq_len` returns is what Megatron-Core hands to the module's forward: here, the pack.
+    """
+
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> int | PrefixPackedSeqParams:
+        if isinstance(packed_seq_params, PrefixPackedSeqParams):
+            return packed_seq_params
+        of_parent: Any = super()
+        return of_parent.get_rotary_seq_len(
+            inference_context, transformer, transformer_input, transformer_config, packed_seq_params, **kwargs
+        )
+
+    def forward(self, max_seq_len: int | PrefixPackedSeqParams, *args: Any, **kwargs: Any) -> Any:
+        of_parent: Any = super()
+        if not isinstance(max_seq_len, PrefixPackedSeqParams):
+            return of_parent.forward(max_seq_len, *args, **kwargs)
+        table = of_parent.forward(max_seq_len.max_positions, *args, **kwargs)
+        rows_T = max_seq_len.rotary_positions_T
+        # yarn returns its concentration factor too
+        return (table[0][rows_T], *table[1:]) if isinstance(table, tuple) else table[rows_T]
+
+
+class PositionRotaryEmbedding(_ByPosition, RotaryEmbedding):
+    pass
+
+
+class PositionYarnRotaryEmbedding(_ByPosition, YarnRotaryEmbedding):
+    pass
+
+
+_WITH_POSITIONS = {RotaryEmbedding: PositionRotaryEmbedding, YarnRotaryEmbedding: PositionYarnRotaryEmbedding}
+
+
+def rotate_by_position(model: torch.nn.Module) -> None:
+    """Let every rotary embedding in `model`, the model's own and those of latent attention layers, take packs with
+    shared prefixes. Raises TypeError for a kind of embedding that this module does not know.
+    """
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            if type(module) not in _WITH_POSITIONS:
+                raise TypeError(f"{type(module).__name__} has no form with positions: add one to {__name__}")
+            # Only these two methods differ: frequencies and caches stay as they were made.
+            module.__class__ = _WITH_POSITIONS[type(module)]
