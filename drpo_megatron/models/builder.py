@@ -93,8 +93,8 @@ def transformer_config(
         **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
-        # Between two stages the interleaved schedule has activations and gradients under way in both directions. One batch
-        # of operations would match them by their order, and they are not in one order on both sides.
+        # With two stages the interleaved schedule sends activations and gradients to the same rank. One batch of
+        # operations would match them by their order, which is not the same on both sides.
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         # Packs are padded to one length, so stages need not exchange shapes.
@@ -178,9 +178,9 @@ def build_model(
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
     "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
-    `models.meta.rank_on_meta` it must be the meta device. `deterministic`: have Megatron-Core and Transformer Engine
-    take deterministic kernels; it goes with `platform.determinism.enable`. Raises ValueError when the model does not divide over the
-    layout, or asks for context parallelism with the local specs.
+    `models.meta.rank_on_meta` it must be the meta device. `deterministic`: Transformer Engine refuses kernels that are
+    not; it goes with `platform.determinism.enable`. Raises ValueError when the model does not divide over the layout,
+    or asks for context parallelism with the local specs.
     """
     check_layout(hf, layout)
     config = transformer_config(
