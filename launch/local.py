@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drpo_megatron.config import RunConfig, dump_config
+from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.platform.process import die_with_parent, stop_group
 
@@ -36,6 +37,7 @@ def training_environment(config: RunConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",  # ranks fork workers after the tokenizer was used
         "HF_HUB_OFFLINE": "1",  # models are directories: nothing is looked up on a hub
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps TP communication by the order of kernel launches
+        **(determinism.environment() if config.training.deterministic else {}),
     }
 
 

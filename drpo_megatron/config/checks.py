@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drpo_megatron.config.functions import import_function
+from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
@@ -23,6 +24,8 @@ def check_config(config: RunConfig) -> None:
     """
     problems = [
         *_parallel(config),
+        *overlap_problems(config),
+        *determinism_problems(config),
         *_batch(config),
         *_algorithm(config),
         *_data(config),
@@ -36,13 +39,26 @@ def check_config(config: RunConfig) -> None:
 
 def notes(config: RunConfig) -> list[str]:
     """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
+    return [*_boundary_note(config), *_budget_note(config)]
+
+
+def _budget_note(config: RunConfig) -> Iterator[str]:
+    budget = config.training.tokens_per_micro_batch
+    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+    if budget < longest:
+        yield (
+            f"training.tokens_per_micro_batch is {budget}, and a sequence may have data.max_prompt_tokens + "
+            f"rollout.sampling.max_new_tokens = {longest} tokens: a longer one is a micro-batch above the budget"
+        )
+
+
+def _boundary_note(config: RunConfig) -> Iterator[str]:
     delta = config.algorithm.loss_args.get("delta")
     if isinstance(delta, int | float) and delta >= 1:
-        return [
+        yield (
             f"algorithm.loss_args.delta is {delta}, and |π − μ| is at most 1: the boundary of the trust region is "
             f"never reached, and weights stay within 1 ± {1 / delta:.3g}"
-        ]
-    return []
+        )
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:
@@ -69,7 +85,7 @@ def _batch(config: RunConfig) -> Iterator[str]:
             "change one of them"
         )
     sequences = prompts // updates * config.rollout.samples_per_prompt
-    if sequences < ranks:
+    if not prompts % updates and sequences < ranks:
         yield (
             f"parallel.data: {ranks} ranks share the {sequences} sequences of an update "
             "(prompts_per_step / updates_per_batch × samples_per_prompt), so some would have none; change one of them"
@@ -158,6 +174,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.path: {error}"
         return
     yield from _model_layout(config, hf)
+    yield from server_problems(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):

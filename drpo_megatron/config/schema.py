@@ -210,6 +210,15 @@ class OptimizerConfig(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     distributed: bool = True
     """Shard the optimizer state over data parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce the gradients of a bucket over data-parallel ranks while the backward goes on. False: all of them after
+    it."""
+    overlap_param_gather: bool = False
+    """Gather the updated parameters of a bucket while the next update's forward runs up to it; needs `distributed`. It
+    saves time only between the updates of one batch, because a sync needs whole weights."""
+    bucket_parameters: int | None = Field(None, gt=0)
+    """Parameters in a bucket of the overlapped communication. null: Megatron-Core's 40 million, or 1 million a
+    data-parallel rank if that is more."""
 
 
 class TrainingConfig(Section):
@@ -225,6 +234,8 @@ class TrainingConfig(Section):
     that saves a rank 10 % of its positions or more. Not with context parallelism: auto packs plainly there."""
     threads: int = Field(1, gt=0)
     """CPU threads of a training rank, where it runs on CPU."""
+    deterministic: bool = False
+    """The same sequences and weights give the same bits: deterministic kernels and collectives, slower on a GPU."""
     max_skipped_updates: int = Field(3, gt=0)
     """Stop with a report after this many updates in a row with a non-finite gradient norm."""
     timeout_s: float = Field(1800.0, gt=0)

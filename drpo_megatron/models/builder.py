@@ -53,6 +53,7 @@ def transformer_config(
     params_dtype: torch.dtype,
     recompute: Recompute,
     spec_backend: SpecBackend,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
@@ -87,6 +88,7 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
+        deterministic_mode=deterministic,
         recompute_granularity=None if recompute == "none" else recompute,
         **full,
         **_moe_arguments(hf, layout, fused),
@@ -172,16 +174,24 @@ def build_model(
     recompute: Recompute = "none",
     spec_backend: SpecBackend,
     device: torch.device | None = None,
+    deterministic: bool = False,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
     "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
-    `models.meta.rank_on_meta` it must be the meta device. Raises ValueError when the model does not divide over the
-    layout.
+    `models.meta.rank_on_meta` it must be the meta device. `deterministic`: Transformer Engine refuses kernels that are
+    not; it goes with `platform.determinism.enable`. Raises ValueError when the model does not divide over the layout.
     """
     check_layout(hf, layout)
-    config = transformer_config(hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend)
+    config = transformer_config(
+        hf,
+        layout,
+        params_dtype=params_dtype,
+        recompute=recompute,
+        spec_backend=spec_backend,
+        deterministic=deterministic,
+    )
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     device = device or platform.device()
     return [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]

@@ -202,10 +202,11 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) 
 def check_layout(hf: HFModelConfig, layout: ParallelLayout) -> None:
     """Raise ValueError when the model does not divide over the ranks of `layout`."""
     tp = layout.tensor
+    has_dense_layers = hf.moe is None or not all(hf.moe.layers)
     for what, size in (
         ("attention heads", hf.num_heads),
         ("key-value heads", hf.num_kv_heads),
-        ("MLP columns", hf.ffn_hidden_size),
+        ("MLP columns", hf.ffn_hidden_size if has_dense_layers else 0),
         ("hidden columns", hf.hidden_size),
     ):
         if size % tp:
@@ -216,6 +217,11 @@ def check_layout(hf: HFModelConfig, layout: ParallelLayout) -> None:
     elif layout.expert > 1 or layout.expert_tensor > 1:
         key = "expert" if layout.expert > 1 else "expert_tensor"
         raise ValueError(f"parallel.{key} is {getattr(layout, key)} and {hf.model_type} is dense: set it to 1")
+    elif layout.moe_dispatcher != "alltoall":
+        raise ValueError(
+            f"parallel.moe_dispatcher is {layout.moe_dispatcher} and {hf.model_type} is dense, without experts to "
+            "dispatch to: remove it"
+        )
     if (hf.moe or hf.mla) and tp > 1 and not layout.sequence_parallel:
         # Megatron-Core routes each token once only where ranks hold different tokens.
         raise ValueError(

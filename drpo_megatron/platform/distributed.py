@@ -12,20 +12,27 @@ import torch
 import torch.distributed as dist
 
 from drpo_megatron import platform
+from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
 
 _control: dist.ProcessGroup | None = None
 
 
 def initialize(
-    layout: ParallelLayout, *, timeout_s: float = 600.0, seed: int = 1, control_timeout_s: float = 86400.0
+    layout: ParallelLayout,
+    *,
+    timeout_s: float = 600.0,
+    seed: int = 1,
+    control_timeout_s: float = 86400.0,
+    deterministic: bool = False,
 ) -> None:
     """Join the job and build the process groups of `layout`.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (torchrun sets them). `timeout_s` bounds every
     collective of the training groups, in seconds; `control_timeout_s` those of `control_group()`, where ranks wait for
-    rank 0 through a whole rollout. Raises RuntimeError outside torchrun, ValueError when the layout does not have as
-    many ranks as the job.
+    rank 0 through a whole rollout. `deterministic` is `platform.determinism.enable`. Raises RuntimeError outside
+    torchrun and for an environment that is not deterministic, ValueError when the layout does not have as many ranks as
+    the job.
     """
     global _control
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
@@ -33,6 +40,8 @@ def initialize(
         raise RuntimeError(f"{', '.join(missing)} not set: start the trainer through torchrun")
     world_size = int(os.environ["WORLD_SIZE"])
     _check_world(layout, world_size)
+    if deterministic:
+        determinism.enable()
     platform.activate()
     device = platform.device()
     torch.cuda.set_device(device)

@@ -37,7 +37,10 @@ class ParallelLayout:
                 "it needs pipeline >= 2 and at least 2 chunks a stage; set it to null for the plain schedule"
             )
         if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("parallel.sequence_parallel needs tensor >= 2: turn it off or raise parallel.tensor")
+            raise ValueError(
+                "parallel.sequence_parallel is true with parallel.tensor = 1, and it needs tensor >= 2: turn it off or "
+                "raise parallel.tensor"
+            )
         for name in ("first_stage_layers", "last_stage_layers"):
             layers = getattr(self, name)
             if layers is not None and (layers < 1 or self.pipeline < 2):
@@ -49,7 +52,7 @@ class ParallelLayout:
         if dense % (self.expert * self.expert_tensor):
             raise ValueError(
                 f"parallel.expert × expert_tensor = {self.expert * self.expert_tensor} must divide "
-                f"tensor × context × data = {dense}"
+                f"tensor × context × data = {dense}, the ranks of a pipeline stage: lower it, or raise parallel.data"
             )
 
     @property
@@ -72,10 +75,14 @@ class ParallelLayout:
         remaining = num_layers - (first or 0) - (last or 0)
         equal_stages = self.pipeline - (first is not None) - (last is not None)
         if remaining < equal_stages or (remaining % equal_stages if equal_stages else remaining):
+            given = "".join(
+                f", {name} = {layers}"
+                for name, layers in (("first_stage_layers", first), ("last_stage_layers", last))
+                if layers is not None
+            )
             raise ValueError(
-                f"{num_layers} layers do not divide over pipeline = {self.pipeline} stages: {remaining} are left for "
-                f"{equal_stages} equal ones; choose a divisor of {num_layers}, or set parallel.first_stage_layers and "
-                "last_stage_layers"
+                f"{num_layers} layers do not divide over pipeline = {self.pipeline} stages{given}: {remaining} are "
+                f"left for {equal_stages} equal ones; choose a divisor, or set first_stage_layers and last_stage_layers"
             )
         middle = [remaining // equal_stages] * equal_stages if equal_stages else []
         stages = [*([] if first is None else [first]), *middle, *([] if last is None else [last])]

@@ -55,7 +55,12 @@ def main() -> None:
         from drpo_megatron.training.loop import train
         from drpo_megatron.training.run import Run
 
-        distributed.initialize(config.layout, timeout_s=config.training.timeout_s, seed=config.seed)
+        distributed.initialize(
+            config.layout,
+            timeout_s=config.training.timeout_s,
+            seed=config.seed,
+            deterministic=config.training.deterministic,
+        )
         with Run(config, terminal) as run:
             train(run)
         distributed.shutdown()

@@ -17,14 +17,28 @@ from megatron.core.utils import get_model_config
 from drpo_megatron.config.schema import RunConfig
 
 
-def wrap_data_parallel(chunks: list[torch.nn.Module], distributed_optimizer: bool) -> list[torch.nn.Module]:
+def wrap_data_parallel(
+    chunks: list[torch.nn.Module],
+    distributed_optimizer: bool,
+    *,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    bucket_parameters: int | None = None,
+) -> list[torch.nn.Module]:
     """Megatron DDP around each model chunk. Gradients are summed in fp32 and never averaged.
 
     The loss already carries its global denominator (`TrainBatch.weights_T`), so finalizing must not divide by a token
-    count: the count that Megatron's schedule hands over is dropped here.
+    count: the count that Megatron's schedule hands over is dropped here. The keywords are the settings of that name in
+    the optimizer section. With `overlap_param_gather`, parameters of other ranks' shards are those before the last
+    update until a forward or `start_param_sync` has gathered them.
     """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, check_for_nan_in_grad=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        bucket_size=bucket_parameters,
+        check_for_nan_in_grad=False,
     )
     wrapped = [
         DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
@@ -36,7 +50,12 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], distributed_optimizer: boo
     def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
         finalize_model_grads(model, None, **kwargs)
 
-    get_model_config(wrapped[0]).finalize_model_grads_func = finalize
+    model_config = get_model_config(wrapped[0])
+    model_config.finalize_model_grads_func = finalize
+    if overlap_grad_reduce:
+        # The schedule opens the reduction in the last micro-batch's backward only.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
 
 
@@ -59,6 +78,7 @@ def build_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=settings.distributed,
+            overlap_param_gather=settings.overlap_param_gather,
         ),
         chunks,
     )

@@ -56,20 +56,38 @@ class Policy:
         self.layout = config.layout
         self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context)
         self.hf = HFModelConfig.load(config.model.path)
-        self.modules = build_model(
+        modules = build_model(
             self.hf,
             self.layout,
             params_dtype=getattr(torch, config.model.dtype),
             recompute=config.model.recompute,
             spec_backend=spec_backend(),
+            deterministic=config.training.deterministic,
         )
-        load_hf(self.modules, config.model.path, self.hf)
-        self.chunks = wrap_data_parallel(self.modules, config.optimizer.distributed)
+        load_hf(modules, config.model.path, self.hf)
+        self.chunks = wrap_data_parallel(
+            modules,
+            config.optimizer.distributed,
+            overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+            overlap_param_gather=config.optimizer.overlap_param_gather,
+            bucket_parameters=config.optimizer.bucket_parameters,
+        )
+        self._weights_are_whole = True
         self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
         self.guard = UpdateGuard(limit=config.training.max_skipped_updates)
         self.cost = SequenceCost.of(self.hf)
         self.objective = Objective(config, self.hf.vocab_size)
         self.forward_backward = get_forward_backward_func()
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The model's chunks with whole weights, to be read. Collective after an update with `overlap_param_gather`."""
+        if not self._weights_are_whole:
+            for chunk in self.chunks:
+                with torch.no_grad():
+                    chunk.start_param_sync(force_sync=True)
+            self._weights_are_whole = True
+        return [chunk.module for chunk in self.chunks]
 
     def update(self, sequences: list[TrainSequence], version: int) -> UpdateResult:
         """Train once on `sequences`, the global batch of this update (the same list on every rank).
@@ -105,6 +123,7 @@ class Policy:
             forward_only=False,
         )
         grad_norm, applied = apply_update(self.optimizer, self.config.optimizer.clip_grad)
+        self._weights_are_whole = not self.config.optimizer.overlap_param_gather
         self.guard.record(applied)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         self.scheduler.step(increment=1)

@@ -76,6 +76,8 @@ def _gradient(
 
 
 _CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block in (1024, 2048, 4096) for warps in (4, 8)]
+# Tuning chooses by time, and the block decides the order of the sum: a deterministic run has one for all.
+_DETERMINISTIC = {"BLOCK": 2048, "num_warps": 8}
 # In place: tuning must put the logits back between its trials.
 _tuned_statistics = triton.autotune(_CONFIGS, key=["num_columns"])(_statistics)
 _tuned_gradient = triton.autotune(_CONFIGS, key=["num_columns"], restore_value=["logits"])(_gradient)
@@ -91,7 +93,9 @@ def statistics(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, expo
         shard = (torch.finfo(torch.float32).min, 0.0, 0.0, -torch.inf)
         return stats_C4.copy_(torch.tensor(shard, device=logits_CV.device))
     arguments = (logits_CV, targets_C.contiguous(), stats_C4, logits_CV.stride(0), num_columns, 1.0 / temperature)
-    if logits_CV.is_cuda:
+    if logits_CV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        _statistics[(num_tokens,)](*arguments, **_DETERMINISTIC)
+    elif logits_CV.is_cuda:
         _tuned_statistics[(num_tokens,)](*arguments)
     else:
         _statistics[(num_tokens,)](*arguments, BLOCK=_INTERPRETER_BLOCK)

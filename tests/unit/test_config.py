@@ -166,7 +166,7 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
     [
         (["parallel.tensor=4"], "2 key-value heads do not divide over parallel.tensor = 4"),
         (["parallel.pipeline=4"], "2 layers do not divide"),
-        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel needs tensor >= 2"),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel is true with parallel.tensor = 1"),
         (["parallel.virtual_pipeline=2"], "it needs pipeline >= 2"),
         (["parallel.expert=2", "parallel.data=2"], "parallel: parallel.expert is 2 and qwen3 is dense: set it to 1"),
         (
