@@ -157,6 +157,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.path: {error}"
         return
     yield from _model_layout(config, hf)
+    yield from _experts(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):
@@ -166,6 +167,20 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.sampling.max_new_tokens: {response} + data.max_prompt_tokens = {prompt} is above the model's "
             f"{hf.max_position_embeddings} positions; lower one of them"
+        )
+
+
+def _experts(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    model = config.model
+    if hf.moe is None:
+        keys = ("routing_replay", "moe_aux_loss_coefficient", "moe_z_loss_coefficient", "moe_bias_update_rate")
+        for key in keys:
+            if getattr(model, key):
+                yield f"model.{key}: is {getattr(model, key)} and {hf.model_type} is dense; remove it"
+    elif model.moe_bias_update_rate and not hf.moe.expert_bias:
+        yield (
+            f"model.moe_bias_update_rate: is {model.moe_bias_update_rate} and the routers of {hf.model_type} have no "
+            "bias; remove it, or set model.moe_aux_loss_coefficient"
         )
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -22,6 +21,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from drpo_megatron import platform
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
 from drpo_megatron.models.rope import inverse_frequencies
+from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams, RouterTraining, bind_routers
 from drpo_megatron.models.specs import SpecBackend, block_spec
 from drpo_megatron.platform.layout import ParallelLayout
 
@@ -51,6 +51,7 @@ def transformer_config(
     params_dtype: torch.dtype,
     recompute: Recompute,
     spec_backend: SpecBackend,
+    router: RouterTraining | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
@@ -87,7 +88,7 @@ def transformer_config(
         bf16=params_dtype is torch.bfloat16,
         recompute_granularity=None if recompute == "none" else recompute,
         **full,
-        **_moe_arguments(hf, layout, fused),
+        **_moe_arguments(hf, layout, router or RouterTraining(), fused),
         **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
@@ -107,7 +108,7 @@ def transformer_config(
     )
 
 
-def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, fused: bool) -> dict[str, Any]:
+def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, router: RouterTraining, fused: bool) -> dict[str, Any]:
     moe = hf.moe
     if moe is None:
         return {}
@@ -125,11 +126,11 @@ def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, fused: bool) -> di
         "moe_router_group_topk": moe.topk_groups,
         # Rounded logits would change which experts are chosen.
         "moe_router_dtype": "fp32",
-        # The bias stays as it was read: the rollout engine has the same one, and the loss balances nothing.
         "moe_router_enable_expert_bias": moe.expert_bias,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": router.bias_update_rate,
+        "moe_router_load_balancing_type": "aux_loss" if router.aux_loss else "none",
+        "moe_aux_loss_coeff": router.aux_loss,
+        "moe_z_loss_coeff": router.z_loss or None,
         "moe_token_dispatcher_type": layout.moe_dispatcher,
         # Transformer Engine's kernels.
         "moe_grouped_gemm": fused,
@@ -165,17 +166,21 @@ def build_model(
     params_dtype: torch.dtype,
     recompute: Recompute = "none",
     spec_backend: SpecBackend,
+    router: RouterTraining | None = None,
     device: torch.device | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
-    "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
+    "selective" recomputes the core attention, "full" each layer. `router`: None trains routers by the policy's loss
+    alone. `device`: None is this process's; inside
     `models.meta.rank_on_meta` it must be the meta device. Raises ValueError when the model does not divide over the
     layout, or asks for context parallelism with the local specs.
     """
     check_layout(hf, layout)
-    config = transformer_config(hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend)
+    config = transformer_config(
+        hf, layout, params_dtype=params_dtype, recompute=recompute, spec_backend=spec_backend, router=router
+    )
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     device = device or platform.device()
     return [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]
@@ -210,6 +215,7 @@ def _build_chunk(
             raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")
         # Only the forward differs: parameter, its attributes and the tie to the embedding stay as GPTModel made them.
         model.output_layer.__class__ = HiddenStateOutput
+    bind_routers(model, config)
     return model
 
 
@@ -226,12 +232,14 @@ def forward_packed(
     position_ids_T: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
+    routing: MicroBatchRouting | None = None,
 ) -> torch.Tensor:
     """Run one model chunk, wrapped or not, on packed sequences.
 
     tokens_T, position_ids_T: int64 [T]. cu_seqlens: int32 [S + 1], from 0 to T, padding counted as a sequence of its
     own. max_seqlen: at least the longest of them. Rotary positions restart with each sequence of cu_seqlens. Under
-    sequence parallelism T must divide by the tensor-parallel size.
+    sequence parallelism T must divide by the tensor-parallel size. routing: what the routers of a mixture of experts
+    follow; None leaves the choice to them.
 
     Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
     (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])
@@ -243,12 +251,13 @@ def forward_packed(
         # Positions would then count through the pack, and the float32 angles lose digits as they grow. One row more
         # makes it a table by position again.
         max_seqlen += 1
-    packed = PackedSeqParams(
+    packed = RoutedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        routing=routing,
     )
     return model(
         input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed

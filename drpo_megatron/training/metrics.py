@@ -10,6 +10,7 @@ from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.flops import training_flops
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.records import Metrics, RolloutGroup
+from drpo_megatron.training.routing import routing_metrics
 from drpo_megatron.training.step import UpdateResult
 
 # Compared on the first update of a step, whose weights are the ones that the server sampled with: what is left is the
@@ -42,6 +43,9 @@ def step_metrics(
     metrics["loss/mean"] /= len(updates)
     first = summarize(updates[0], delta)
     metrics |= {name: value for name, value in first.items() if name.startswith(FIRST_UPDATE)}
+    routing = [[r.routing for r in results if r.routing] for results in zip(*results_by_rank, strict=True)]
+    if model.moe:
+        metrics |= routing_metrics(routing, model, config.model)
     last = results_by_rank[0][-1]
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
     performance = _performance(config, groups, verb_seconds, model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class TrainSequence:
 
     token_ids_L int32; sampled_L bool: the policy sampled this token; logmu_L float32 and version_L int32: meaningful
     where sampled; advantage: of every sampled token; weight: of every sampled token in the loss of its update.
+    routed_experts_PLK: `Rollout.routed_experts`, P = num_positions.
     """
 
     token_ids_L: np.ndarray
@@ -32,6 +33,7 @@ class TrainSequence:
     version_L: np.ndarray
     advantage: float
     weight: float
+    routed_experts_PLK: np.ndarray | None = None
 
     @property
     def num_positions(self) -> int:
@@ -57,6 +59,7 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
                 version_L=np.asarray(nothing + rollout.weight_versions, dtype=np.int32),
                 advantage=float(rollout.advantage),
                 weight=float(weight),
+                routed_experts_PLK=rollout.routed_experts,
             )
         )
     return sequences
@@ -100,16 +103,46 @@ def pack(
 
     pad_multiple: the length is a multiple of this (tensor-parallel size under sequence parallelism).
     count_multiple: the number of micro-batches is (pipeline size for the interleaved schedule).
-    version: the trainer's weight version, from which staleness is counted.
+    version: the trainer's weight version, from which staleness is counted. Raises ValueError when some sequences have
+    routed experts and others do not, or not one a position.
     """
     lengths = [s.num_positions for s in sequences]
     shares = partition(lengths, data_size, token_budget, count_multiple)
     longest = max(sum(lengths[i] for i in indices) for share in shares for indices in share)
     padded = math.ceil(max(longest, 1) / pad_multiple) * pad_multiple
-    return [_pack_one([sequences[i] for i in indices], padded, version) for indices in shares[data_rank]]
+    experts_LK = _experts_shape(sequences)
+    batches = [_pack_one([sequences[i] for i in indices], padded, version, experts_LK) for indices in shares[data_rank]]
+    num_update_tokens = sum(s.num_positions for s in sequences)
+    return [replace(batch, num_update_tokens=num_update_tokens) for batch in batches]
 
 
-def _pack_one(sequences: Sequence[TrainSequence], padded: int, version: int) -> TrainBatch:
+def _experts_shape(sequences: Sequence[TrainSequence]) -> tuple[int, ...] | None:
+    """(L, K) of the sequences' routed experts, None when they have none."""
+    shapes = {None if s.routed_experts_PLK is None else s.routed_experts_PLK.shape[1:] for s in sequences}
+    if len(shapes) > 1:
+        raise ValueError(f"the sequences have routed experts of the shapes {shapes}: generate all of them in one way")
+    return shapes.pop()
+
+
+def _join_experts(
+    sequences: Sequence[TrainSequence], starts: np.ndarray, padded: int, experts_LK: tuple[int, ...]
+) -> torch.Tensor:
+    """int16 [padded, L, K]: each sequence's experts from its start, −1 where there are none."""
+    experts_TLK = np.full((padded, *experts_LK), -1, dtype=np.int16)
+    for start, sequence in zip(starts, sequences, strict=False):
+        experts_PLK = sequence.routed_experts_PLK
+        if experts_PLK is None or len(experts_PLK) != sequence.num_positions:
+            raise ValueError(
+                f"a sequence of {sequence.num_positions} positions has routed experts for "
+                f"{0 if experts_PLK is None else len(experts_PLK)}: one row a position is needed"
+            )
+        experts_TLK[start : start + sequence.num_positions] = experts_PLK
+    return torch.from_numpy(experts_TLK)
+
+
+def _pack_one(
+    sequences: Sequence[TrainSequence], padded: int, version: int, experts_LK: tuple[int, ...] | None
+) -> TrainBatch:
     lengths = [s.num_positions for s in sequences]
     padding = padded - sum(lengths)
     # Padding is one more sequence without sampled tokens: nothing attends to it and it has no loss.
@@ -132,4 +165,6 @@ def _pack_one(sequences: Sequence[TrainSequence], padded: int, version: int) -> 
         cu_seqlens=torch.as_tensor(bounds),
         max_seqlen=int(np.diff(bounds).max()),
         num_sequences=len(sequences),
+        num_tokens=sum(s.num_positions for s in sequences),
+        routed_experts_TLK=None if experts_LK is None else _join_experts(sequences, bounds, padded, experts_LK),
     )

@@ -21,6 +21,7 @@ from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
 from drpo_megatron.training.packing import TrainSequence, pack
+from drpo_megatron.training.routing import RoutingStats, UpdateRouting, expert_biases, router_training
 from drpo_megatron.weights.importer import load_hf
 
 
@@ -29,7 +30,8 @@ class UpdateResult:
     """What one update leaves behind.
 
     stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. tail_bound: the
-    largest relative bound on the gradient error of this rank's sparse backward, 0 when exact.
+    largest relative bound on the gradient error of this rank's sparse backward, 0 when exact. routing: of this
+    rank's layers, None for a dense model.
     """
 
     stats: TokenStats | None
@@ -37,6 +39,7 @@ class UpdateResult:
     applied: bool
     learning_rate: float
     tail_bound: float
+    routing: RoutingStats | None = None
 
 
 class Policy:
@@ -54,6 +57,7 @@ class Policy:
             params_dtype=getattr(torch, config.model.dtype),
             recompute=config.model.recompute,
             spec_backend=spec_backend(),
+            router=router_training(config.model),
         )
         load_hf(self.modules, config.model.path, self.hf)
         self.chunks = wrap_data_parallel(self.modules, config.optimizer.distributed)
@@ -81,8 +85,12 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro_batches = [b.to(device()) for b in micro_batches]
+        routing = None
+        if self.hf.moe:
+            routing = UpdateRouting(self.hf, self.layout, replay=self.config.model.routing_replay is not False)
+        biases = [(bias, bias.clone()) for bias in expert_biases(self.modules)]
         reports: list[MicroBatchReport] = self.forward_backward(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, routing),
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -91,6 +99,10 @@ class Policy:
             forward_only=False,
         )
         grad_norm, applied = apply_update(self.optimizer, self.config.optimizer.clip_grad)
+        if not applied:
+            # The schedule moves them when it finalizes the gradients, before anything can look at those.
+            for bias, before in biases:
+                bias.copy_(before)
         self.guard.record(applied)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         self.scheduler.step(increment=1)
@@ -99,11 +111,21 @@ class Policy:
             # One copy off the device: the record travels to rank 0 as a Python object.
             stats = TokenStats.from_matrix(TokenStats.cat([r.stats for r in reports]).matrix().cpu())
         tail_bound = max((r.tail_bound for r in reports), default=0.0)
-        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound)
+        of_routers = routing.stats() if routing else None
+        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound, of_routers)
 
-    def _forward_step(self, batches: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    def _forward_step(
+        self, routing: UpdateRouting | None, batches: Iterator[TrainBatch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, object]:
         batch = next(batches)
-        hidden = forward_packed(model, batch.tokens_T, batch.position_ids_T, batch.cu_seqlens, batch.max_seqlen)
+        hidden = forward_packed(
+            model,
+            batch.tokens_T,
+            batch.position_ids_T,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            routing.micro_batch(batch) if routing else None,
+        )
         return hidden, partial(self._loss, batch, model)
 
     def _loss(
