@@ -182,6 +182,12 @@ def _experts(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
             f"model.moe_bias_update_rate: is {model.moe_bias_update_rate} and the routers of {hf.model_type} have no "
             "bias; remove it, or set model.moe_aux_loss_coefficient"
         )
+    if hf.moe is not None and hf.model_type == "qwen3_moe" and not all(hf.moe.layers):
+        dense = [layer for layer, is_moe in enumerate(hf.moe.layers) if not is_moe]
+        yield (
+            f"model.path: layers {dense} of {config.model.path} are dense, and SGLang serves Qwen3-MoE with experts in "
+            "every layer only; use another model"
+        )
 
 
 def _model_layout(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:

@@ -26,7 +26,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 FAMILIES = ("qwen3_moe", "deepseek_v3")
-LOSSES = {"moe_aux_loss_coefficient": 0.3, "moe_z_loss_coefficient": 0.05}
+LOSSES = {"moe_aux_loss_coefficient": 3.0, "moe_z_loss_coefficient": 0.3}
 BIAS_RATE = 0.125
 
 
@@ -135,6 +135,19 @@ def reference_update(path: Path, sequences: list[TrainSequence], *, replay: bool
     }
 
 
+def break_replay() -> None:
+    """From here on every token follows the experts of the one before it, and the comparison is not told."""
+    from drpo_megatron.models.routing import _RolloutTopK
+
+    choose = _RolloutTopK.get_replay_topk
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.target_NK = self.target_NK.roll(1, 0)
+        return choose(self, *args, **kwargs)
+
+    _RolloutTopK.get_replay_topk = shifted
+
+
 def update_on_ranks(cases: dict[str, tuple[Path, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """For each case (model, layout, settings of the model): what an update leaves behind, on rank 0."""
     import torch.distributed as dist
@@ -152,6 +165,8 @@ def update_on_ranks(cases: dict[str, tuple[Path, dict[str, Any], dict[str, Any]]
         hf = HFModelConfig.load(path)
         sequences = with_experts(make_sequences(hf.vocab_size), hf)
         policy = Policy(config)
+        if key == "broken":
+            break_replay()
         result = policy.update(sequences, version=0)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, result.routing)
@@ -215,13 +230,19 @@ def test_one_process(models: dict[str, Path], references: dict[str, dict[str, An
         cases[f"{family}-losses"] = (path, {}, LOSSES)
         cases[f"{family}-own"] = (path, {}, {"routing_replay": False})
     cases["biases"] = (models["deepseek_v3"], {}, {"moe_bias_update_rate": BIAS_RATE})
+    cases["broken"] = (models["qwen3_moe"], {}, {})  # the last: what it breaks stays broken in its process
     (answers,) = run_ranks(1, update_on_ranks, cases, timeout_s=900)
-    biases = answers.pop("biases")
+    biases, broken = answers.pop("biases"), answers.pop("broken")
     for case, answer in answers.items():
         check(case, answer, references[case], replay=not case.endswith("-own"))
         if case.endswith("-losses"):
             check_losses(case, answer, references[case])
-            assert references[case]["grad_norm"] > 1.2 * references[case.removesuffix("-losses")]["grad_norm"]
+            plain = references[case.removesuffix("-losses")]["weights"]
+            gates = [name for name in plain if name.endswith("gate.weight")]
+            # So far do the losses move the routers' weights: a hundred times what the comparison lets pass.
+            assert all((references[case]["weights"][n] - plain[n]).abs().max() > 0.1 * LR for n in gates)
+    (routing,) = broken["routing"]
+    assert routing.disagreements > 0.5 * routing.compared > 0
     check("biases", biases, references["deepseek_v3"])
     check_biases(models["deepseek_v3"], biases["after"])
 
