@@ -5,10 +5,11 @@ They hold plain data only. `Prompt` and `Rollout` are what is dumped to `runs/NA
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # verifier processes and the configuration checks read records and do without torch
+    import numpy as np
     import torch
 
     from drpo_megatron.models.shared_prefixes import SharedPrefixes
@@ -36,7 +37,8 @@ class Rollout:
     response_ids: the sampled tokens. logmu: the rollout engine's natural log-probability of each of them at the
     sampling temperature. weight_versions: the version of the weights that sampled each of them. All three have equal
     length. response_mask: 1 for tokens the policy sampled, 0 for tokens put in by a tool. finish_reason: `stop`,
-    `length`, `abort`.
+    `length`, `abort`. routed_experts: of a mixture of experts, int16 [prompt + response − 1, L, K]: the K experts, in
+    any order, that each position took in each of the model's L mixture-of-experts layers (the last token was no input).
     """
 
     prompt: Prompt
@@ -49,6 +51,7 @@ class Rollout:
     reward: float = 0.0
     reward_error: str | None = None
     advantage: float = 0.0
+    routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.response_mask = self.response_mask or [1] * len(self.response_ids)
@@ -63,7 +66,12 @@ class Rollout:
         return self.finish_reason == "length"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but the routed experts, which are many times the rest: `left_out` has their shape."""
+        record = asdict(replace(self, routed_experts=None))
+        del record["routed_experts"]
+        if self.routed_experts is not None:
+            record["left_out"] = {"routed_experts": list(self.routed_experts.shape)}
+        return record
 
 
 @dataclass
@@ -90,7 +98,9 @@ class TrainBatch:
     weights_T·L_T` over all micro-batches and data-parallel ranks. sequence_ids_T (int64) numbers the sequences of this
     micro-batch from 0. On a context-parallel rank the `_T` are its part (`training.context.split_context`) and the
     bounds those of the whole pack. prefixes: None, or the pack is one with shared prefixes: a sequence is then a
-    segment, which may continue another one, and its position ids count on from there.
+    segment, which may continue another one, and its position ids count on from there. num_tokens is T of the whole pack
+    without padding, num_update_tokens its sum over the micro-batches of the update on all data-parallel ranks.
+    routed_experts_TLK (int16) is `Rollout.routed_experts`, −1 at padding.
     """
 
     tokens_T: torch.Tensor
@@ -105,6 +115,9 @@ class TrainBatch:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_sequences: int
+    num_tokens: int
+    num_update_tokens: int = 0
+    routed_experts_TLK: torch.Tensor | None = None
     prefixes: SharedPrefixes | None = None
 
     def to(self, device: torch.device) -> TrainBatch:

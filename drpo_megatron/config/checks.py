@@ -175,6 +175,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         return
     yield from _model_layout(config, hf)
     yield from server_problems(config, hf)
+    yield from _experts(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):
@@ -184,6 +185,26 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.sampling.max_new_tokens: {response} + data.max_prompt_tokens = {prompt} is above the model's "
             f"{hf.max_position_embeddings} positions; lower one of them"
+        )
+
+
+def _experts(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    model = config.model
+    if hf.moe is None:
+        keys = ("routing_replay", "moe_aux_loss_coefficient", "moe_z_loss_coefficient", "moe_bias_update_rate")
+        for key in keys:
+            if getattr(model, key):
+                yield f"model.{key}: is {getattr(model, key)} and {hf.model_type} is dense; remove it"
+    elif model.moe_bias_update_rate and not hf.moe.expert_bias:
+        yield (
+            f"model.moe_bias_update_rate: is {model.moe_bias_update_rate} and the routers of {hf.model_type} have no "
+            "bias; remove it, or set model.moe_aux_loss_coefficient"
+        )
+    if hf.moe is not None and hf.model_type == "qwen3_moe" and not all(hf.moe.layers):
+        dense = [layer for layer, is_moe in enumerate(hf.moe.layers) if not is_moe]
+        yield (
+            f"model.path: layers {dense} of {config.model.path} are dense, and SGLang serves Qwen3-MoE with experts in "
+            "every layer only; use another model"
         )
 
 

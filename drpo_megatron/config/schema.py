@@ -21,11 +21,22 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face directory: config.json, safetensors and tokenizer. The truth about the model."""
     recipe: str | None = None
-    """How to make `path` when it does not exist: a name from models/recipes.py (tiny_qwen3, smollm2_135m)."""
+    """How to make `path` when it does not exist: a name from models/recipes.py (tiny_qwen3, tiny_qwen3_moe,
+    smollm2_135m)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter dtype of the trainer and the server. Main weights and log-probs are float32 either way."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward: nothing, the core attention, or whole layers."""
+    routing_replay: bool | None = None
+    """Mixture of experts: train each token with the experts that the rollout engine sent it to. The engines round
+    differently, a near tie then takes another expert, and the log-prob jumps though the policy did not change. null:
+    true for a mixture of experts. false: the trainer's routers choose, and are still compared."""
+    moe_aux_loss_coefficient: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of every layer, a mean over micro-batches by their tokens; 1 is balanced."""
+    moe_z_loss_coefficient: float = Field(0.0, ge=0)
+    """Weight of the mean squared log-sum-exp of router logits, for every layer."""
+    moe_bias_update_rate: float = Field(0.0, ge=0)
+    """Step of the router's bias of each expert after an update, towards equal loads. Models with such a bias only."""
 
 
 class ReasoningGymData(Section):

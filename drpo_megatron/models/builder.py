@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -23,6 +22,7 @@ from drpo_megatron import platform
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
 from drpo_megatron.models.packs import prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
+from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams, RouterTraining, bind_routers
 from drpo_megatron.models.shared_prefixes import SharedPrefixes
 from drpo_megatron.models.specs import SpecBackend, block_spec
 from drpo_megatron.platform.layout import ParallelLayout
@@ -54,6 +54,7 @@ def transformer_config(
     recompute: Recompute,
     spec_backend: SpecBackend,
     deterministic: bool = False,
+    router: RouterTraining | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
@@ -91,7 +92,7 @@ def transformer_config(
         deterministic_mode=deterministic,
         recompute_granularity=None if recompute == "none" else recompute,
         **full,
-        **_moe_arguments(hf, layout, fused),
+        **_moe_arguments(hf, layout, router or RouterTraining(), fused),
         **_mla_arguments(hf),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
@@ -115,7 +116,7 @@ def transformer_config(
     )
 
 
-def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, fused: bool) -> dict[str, Any]:
+def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, router: RouterTraining, fused: bool) -> dict[str, Any]:
     moe = hf.moe
     if moe is None:
         return {}
@@ -133,11 +134,11 @@ def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, fused: bool) -> di
         "moe_router_group_topk": moe.topk_groups,
         # Rounded logits would change which experts are chosen.
         "moe_router_dtype": "fp32",
-        # The bias stays as it was read: the rollout engine has the same one, and the loss balances nothing.
         "moe_router_enable_expert_bias": moe.expert_bias,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": router.bias_update_rate,
+        "moe_router_load_balancing_type": "aux_loss" if router.aux_loss else "none",
+        "moe_aux_loss_coeff": router.aux_loss,
+        "moe_z_loss_coeff": router.z_loss or None,
         "moe_token_dispatcher_type": layout.moe_dispatcher,
         # Transformer Engine's kernels.
         "moe_grouped_gemm": fused,
@@ -173,15 +174,17 @@ def build_model(
     params_dtype: torch.dtype,
     recompute: Recompute = "none",
     spec_backend: SpecBackend,
+    router: RouterTraining | None = None,
     device: torch.device | None = None,
     deterministic: bool = False,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
-    "selective" recomputes the core attention, "full" each layer. `device`: None is this process's; inside
-    `models.meta.rank_on_meta` it must be the meta device. `deterministic`: Transformer Engine refuses kernels that are
-    not; it goes with `platform.determinism.enable`. Raises ValueError when the model does not divide over the layout.
+    "selective" recomputes the core attention, "full" each layer. `router`: None trains routers by the policy's loss
+    alone. `device`: None is this process's; inside `models.meta.rank_on_meta` it must be the meta device.
+    `deterministic`: Transformer Engine refuses kernels that are not; it goes with `platform.determinism.enable`. Raises
+    ValueError when the model does not divide over the layout.
     """
     check_layout(hf, layout)
     config = transformer_config(
@@ -191,6 +194,7 @@ def build_model(
         recompute=recompute,
         spec_backend=spec_backend,
         deterministic=deterministic,
+        router=router,
     )
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     device = device or platform.device()
@@ -227,6 +231,7 @@ def _build_chunk(
             raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")
         # Only the forward differs: parameter, its attributes and the tie to the embedding stay as GPTModel made them.
         model.output_layer.__class__ = HiddenStateOutput
+    bind_routers(model, config)
     return model
 
 
@@ -244,6 +249,7 @@ def forward_packed(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     prefixes: SharedPrefixes | None = None,
+    routing: MicroBatchRouting | None = None,
 ) -> torch.Tensor:
     """Run one model chunk, wrapped or not, on packed sequences.
 
@@ -252,7 +258,8 @@ def forward_packed(
     sequence parallelism T must divide by the tensor-parallel size. Under context parallelism the tokens are this
     rank's T of the pack's cp·T (`models.context_attention`); cu_seqlens and max_seqlen are the whole pack's. With
     Transformer Engine that was not run: no GPU. prefixes: the sequences are segments that may continue one another;
-    rotary positions are then position_ids_T, and cu_seqlens and max_seqlen are not read.
+    rotary positions are then position_ids_T, and cu_seqlens and max_seqlen are not read. routing: what the routers of a
+    mixture of experts follow; None leaves the choice to them.
 
     Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
     (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])
@@ -260,7 +267,7 @@ def forward_packed(
     gradient must be summed over these ranks by the operation that projects them.
     """
     if prefixes is not None:
-        return _forward(model, tokens_T, position_ids_T, prefix_packed_seq_params(prefixes, position_ids_T))
+        return _forward(model, tokens_T, position_ids_T, prefix_packed_seq_params(prefixes, position_ids_T, routing))
     context = unwrap(model).config.context_parallel_size
     if cu_seqlens.numel() > 2 and max_seqlen == context * tokens_T.numel():
         # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
@@ -270,19 +277,20 @@ def forward_packed(
     # Transformer Engine cuts the padded sequences into the ranks' chunks. Padding belongs to its sequence, at the end,
     # where causal attention leaves it unseen: both kinds of bounds are the same, and nothing lies between sequences.
     padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens, "pad_between_seqs": False}
-    packed = PackedSeqParams(
+    packed = RoutedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        routing=routing,
         **(padded if context > 1 else {}),
     )
     return _forward(model, tokens_T, position_ids_T, packed)
 
 
 def _forward(
-    model: torch.nn.Module, tokens_T: torch.Tensor, position_ids_T: torch.Tensor, packed: PackedSeqParams
+    model: torch.nn.Module, tokens_T: torch.Tensor, position_ids_T: torch.Tensor, packed: RoutedSeqParams
 ) -> torch.Tensor:
     return model(
         input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed

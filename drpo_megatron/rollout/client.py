@@ -17,6 +17,7 @@ import aiohttp
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.errors import GenerationError, ServerDied
+from drpo_megatron.rollout.experts import RoutedExpertsFormat
 
 _BACKOFF_S = 0.5  # before the first retry of a request; it doubles with each
 _DEATH_GRACE_S = 2.0  # a connection breaks before the exit of its process can be seen
@@ -50,13 +51,20 @@ class RolloutClient:
     """Runs generation jobs against one server.
 
     `alive` says whether the server's process runs. `config` bounds the requests in flight, and for each its seconds and
-    retries.
+    retries. `experts` is asked for and decoded with every sample; None for a dense model.
     """
 
-    def __init__(self, url: str, config: RolloutConfig, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        url: str,
+        config: RolloutConfig,
+        alive: Callable[[], bool],
+        experts: RoutedExpertsFormat | None = None,
+    ) -> None:
         self._url = url
         self._config = config
         self._alive = alive
+        self._experts = experts
 
     async def run(self, job: GenerationJob) -> None:
         """Generate the missing groups of `job` into `job.completed`.
@@ -82,8 +90,9 @@ class RolloutClient:
     ) -> None:
         prompt = job.prompts[position]
         async with slots:
-            answers = await self._post(session, request_body(prompt, job.samples_per_prompt, job.sampling), job)
-        rollouts = [parse_answer(prompt, answer) for answer in answers]
+            body = request_body(prompt, job.samples_per_prompt, job.sampling, routed_experts=self._experts is not None)
+            answers = await self._post(session, body, job)
+        rollouts = [parse_answer(prompt, answer, self._experts) for answer in answers]
         if len(rollouts) != job.samples_per_prompt:
             raise GenerationError(f"asked for {job.samples_per_prompt} samples of {prompt.id}, got {len(rollouts)}")
         job.completed[position] = RolloutGroup(prompt, rollouts)
@@ -127,8 +136,10 @@ class RolloutClient:
             return True
 
 
-def request_body(prompt: Prompt, samples: int, sampling: SamplingConfig) -> dict[str, Any]:
-    """Body of /generate for `samples` responses to one prompt.
+def request_body(
+    prompt: Prompt, samples: int, sampling: SamplingConfig, *, routed_experts: bool = False
+) -> dict[str, Any]:
+    """Body of /generate for `samples` responses to one prompt, with the experts of each token if `routed_experts`.
 
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
     the distribution before truncation, and μ would not be what was sampled from.
@@ -146,13 +157,15 @@ def request_body(prompt: Prompt, samples: int, sampling: SamplingConfig) -> dict
     }
     if sampling.stop:
         parameters["stop"] = sampling.stop
-    return {"input_ids": [prompt.token_ids] * samples, "sampling_params": parameters, "return_logprob": True}
+    body = {"input_ids": [prompt.token_ids] * samples, "sampling_params": parameters, "return_logprob": True}
+    return body | ({"return_routed_experts": True} if routed_experts else {})
 
 
-def parse_answer(prompt: Prompt, answer: dict[str, Any]) -> Rollout:
-    """One element of /generate's answer as a Rollout, without text.
+def parse_answer(prompt: Prompt, answer: dict[str, Any], experts: RoutedExpertsFormat | None = None) -> Rollout:
+    """One element of /generate's answer as a Rollout, without text; with routed experts where `experts` is given.
 
-    Raises GenerationError when tokens, log-probs and weight versions do not fit together or a log-prob is not finite.
+    Raises GenerationError when tokens, log-probs, weight versions and experts do not fit together or a log-prob is not
+    finite.
     """
     meta = answer["meta_info"]
     token_ids: list[int] = answer["output_ids"]
@@ -165,12 +178,14 @@ def parse_answer(prompt: Prompt, answer: dict[str, Any]) -> Rollout:
     reason = meta["finish_reason"]["type"]
     if reason not in _FINISH_REASONS:
         raise GenerationError(f"{prompt.id}: unknown finish reason {reason!r}")
+    positions = len(prompt.token_ids) + len(token_ids) - 1
     return Rollout(
         prompt=prompt,
         response_ids=token_ids,
         logmu=logmu,
         weight_versions=token_versions(meta, len(token_ids)),
         finish_reason=reason,
+        routed_experts=None if experts is None else experts.decode(meta, positions),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
 from drpo_megatron.records import Prompt, RolloutGroup
 from drpo_megatron.rollout.client import GenerationJob, RolloutClient
+from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server import SGLangServer
 
 
@@ -38,12 +39,20 @@ class RolloutDriver:
 
     When `generate` raises ServerDied, the groups that were complete are kept. The caller then runs `restart_server()`,
     pushes the weights, and calls `generate` with the same arguments again, which asks for the missing groups only.
+    `experts`: the format of the experts that the rollouts of a mixture of experts carry.
     """
 
-    def __init__(self, config: RolloutConfig, server: SGLangServer, tokenizer: Detokenizer) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        server: SGLangServer,
+        tokenizer: Detokenizer,
+        experts: RoutedExpertsFormat | None = None,
+    ) -> None:
         self._config = config
         self._server = server
         self._tokenizer = tokenizer
+        self._experts = experts
         self._job: GenerationJob | None = None
         self._seconds = 0.0
         self.stats = GenerationStats(0, 0.0, 0)
@@ -69,7 +78,7 @@ class RolloutDriver:
         ):
             job = self._job = GenerationJob(prompts, samples_per_prompt, sampling)
             self._seconds = 0.0
-        client = RolloutClient(self._server.url, self._config, self._server.alive)
+        client = RolloutClient(self._server.url, self._config, self._server.alive, self._experts)
         start = time.perf_counter()
         try:
             asyncio.run(client.run(job))

@@ -15,6 +15,7 @@ from drpo_megatron.config.schema import RunConfig, ServerConfig
 from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
 from drpo_megatron.rollout.errors import ServerGaveUp, ServerStartError
+from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server_args import check_arguments, command_line
 
 _RESERVED = {
@@ -25,6 +26,7 @@ _RESERVED = {
     "port": "rollout.server.port",
     "tp_size": "rollout.server.tensor_parallel",
     "weight_version": "nothing, the trainer counts the versions",
+    "enable_return_routed_experts": "nothing, it is on for a mixture of experts",
 }
 _LOG_TAIL_LINES = 25
 _POLL_S = 0.2
@@ -37,10 +39,20 @@ class SGLangServer:
 
     Start it from a thread that lives as long as the run, such as the main thread. `model_path` is a Hugging Face
     directory, `dtype` the name of SGLang's dtype, `log_path` collects the output of the server and its restarts.
+    `routed_experts`: keep the experts of every token for the answers that ask for them; a mixture of experts only.
     Raises ServerStartError for arguments that the installed SGLang does not have.
     """
 
-    def __init__(self, config: ServerConfig, model_path: Path, dtype: str, seed: int, log_path: Path) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_path: Path,
+        dtype: str,
+        seed: int,
+        log_path: Path,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
         self._log_path = log_path
@@ -52,6 +64,7 @@ class SGLangServer:
             "host": config.host,
             "tp_size": config.tensor_parallel,
             "weight_version": "0",
+            "enable_return_routed_experts": routed_experts,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._port: int | None = None
@@ -184,9 +197,16 @@ class SGLangServer:
 
 
 def server_of(config: RunConfig) -> SGLangServer:
-    """The server that a run's configuration asks for, not started."""
+    """The server that a run's configuration asks for, not started. The model's directory must exist."""
     log_path = config.run_directory / "log" / "server.log"
-    return SGLangServer(config.rollout.server, config.model.path, config.model.dtype, config.seed, log_path)
+    return SGLangServer(
+        config.rollout.server,
+        config.model.path,
+        config.model.dtype,
+        config.seed,
+        log_path,
+        routed_experts=RoutedExpertsFormat.load(config.model.path) is not None,
+    )
 
 
 def _free_port(host: str) -> int:

@@ -39,7 +39,8 @@ def split_context(batch: TrainBatch, rank: int, size: int) -> TrainBatch:
     if size == 1:
         return batch
     mine = context_positions(batch.cu_seqlens.tolist(), rank, size).to(batch.tokens_T.device)
-    local = {f.name: getattr(batch, f.name)[mine] for f in dataclasses.fields(batch) if f.name.endswith("_T")}
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name.endswith(("_T", "_TLK"))}
+    local = {name: tensor[mine] for name, tensor in tensors.items() if tensor is not None}
     return dataclasses.replace(batch, **local)
 
 

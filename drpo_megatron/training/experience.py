@@ -19,6 +19,7 @@ from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerError
+from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server import server_of
 from drpo_megatron.sync.distributed import DistributedTransport
 from drpo_megatron.sync.verify import ServerLayout
@@ -42,7 +43,8 @@ class Experience:
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
             self.source = load_prompts(config.data, tokenizer, config.seed)
-            self.driver = RolloutDriver(config.rollout, self.server, tokenizer)
+            experts = RoutedExpertsFormat.load(config.model.path)
+            self.driver = RolloutDriver(config.rollout, self.server, tokenizer, experts)
             self.resources = started.pop_all()
         return self
 

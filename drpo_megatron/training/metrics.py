@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from drpo_megatron.algorithms import TokenStats, fraction_without_signal, summarize
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.records import Metrics, RolloutGroup
+from drpo_megatron.training.routing import routing_metrics
 from drpo_megatron.training.step import UpdateResult
 
 # Compared on the first update of a step, whose weights are the ones that the server sampled with: what is left is the
@@ -39,6 +40,9 @@ def step_metrics(
     metrics["loss/mean"] /= len(updates)
     first = summarize(updates[0], delta)
     metrics |= {name: value for name, value in first.items() if name.startswith(FIRST_UPDATE)}
+    routing = [[r.routing for r in results if r.routing] for results in zip(*results_by_rank, strict=True)]
+    if routing[0]:
+        metrics |= routing_metrics(routing, config.model)
     last = results_by_rank[0][-1]
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
     performance = _performance(config, groups, results_by_rank[0], verb_seconds)

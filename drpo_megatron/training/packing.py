@@ -25,6 +25,7 @@ class TrainSequence:
     token_ids_L int32; sampled_L bool: the policy sampled this token; logmu_L float32 and version_L int32: meaningful
     where sampled; advantage: of every sampled token; weight: of every sampled token in the loss of its update.
     prompt_length: tokens at the start that all samples of its group have; 0 where that is not known.
+    routed_experts_PLK: `Rollout.routed_experts`, P = num_positions.
     """
 
     token_ids_L: np.ndarray
@@ -34,6 +35,7 @@ class TrainSequence:
     advantage: float
     weight: float
     prompt_length: int = 0
+    routed_experts_PLK: np.ndarray | None = None
 
     @property
     def num_positions(self) -> int:
@@ -43,6 +45,9 @@ class TrainSequence:
     def part(self, start: int, stop: int | None = None) -> TrainSequence:
         """Its tokens from start to stop, as a sequence of its own."""
         arrays = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name.endswith("_L")}
+        if self.routed_experts_PLK is not None:
+            # The last token of a part is no position of it.
+            arrays["routed_experts_PLK"] = self.routed_experts_PLK[start:][: len(arrays["token_ids_L"]) - 1]
         return replace(self, **arrays)
 
 
@@ -65,6 +70,7 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
                 advantage=float(rollout.advantage),
                 weight=float(weight),
                 prompt_length=num_prompt,
+                routed_experts_PLK=rollout.routed_experts,
             )
         )
     return sequences
@@ -149,7 +155,8 @@ def pack(
     staleness is counted. sequence_multiple: each sequence is padded at its end to a multiple of this, and
     `token_budget` counts that padding (twice the context-parallel size; it must divide pad_multiple). cost: of a
     sequence by its length, what is balanced; its own length where nothing is known about the model. Raises ValueError
-    when sequence_multiple does not divide pad_multiple.
+    when sequence_multiple does not divide pad_multiple, or when some sequences have routed experts and others do not,
+    or not one a position.
     """
     if pad_multiple % sequence_multiple:
         raise ValueError(f"sequence_multiple = {sequence_multiple} must divide pad_multiple = {pad_multiple}")
@@ -157,13 +164,45 @@ def pack(
     shares = partition(lengths, data_size, token_budget, count_multiple, [cost(n) for n in lengths])
     longest = max(sum(lengths[i] for i in indices) for share in shares for indices in share)
     padded = math.ceil(max(longest, 1) / pad_multiple) * pad_multiple
-    return [
-        pack_segments([sequences[i] for i in indices], [lengths[i] for i in indices], padded, version)
+    experts_LK, num_update_tokens = experts_shape(sequences), sum(s.num_positions for s in sequences)
+    batches = [
+        pack_segments([sequences[i] for i in indices], [lengths[i] for i in indices], padded, version, experts_LK)
         for indices in shares[data_rank]
     ]
+    return [replace(batch, num_update_tokens=num_update_tokens) for batch in batches]
 
 
-def pack_segments(sequences: Sequence[TrainSequence], lengths: Sequence[int], padded: int, version: int) -> TrainBatch:
+def experts_shape(sequences: Sequence[TrainSequence]) -> tuple[int, ...] | None:
+    """(L, K) of the sequences' routed experts, None when they have none. Raises ValueError when they differ."""
+    shapes = {None if s.routed_experts_PLK is None else s.routed_experts_PLK.shape[1:] for s in sequences}
+    if len(shapes) > 1:
+        raise ValueError(f"the sequences have routed experts of the shapes {shapes}: generate all of them in one way")
+    return shapes.pop()
+
+
+def _join_experts(
+    sequences: Sequence[TrainSequence], starts: np.ndarray, padded: int, experts_LK: tuple[int, ...]
+) -> torch.Tensor:
+    """int16 [padded, L, K]: each sequence's experts from its start, −1 where there are none."""
+    experts_TLK = np.full((padded, *experts_LK), -1, dtype=np.int16)
+    for start, sequence in zip(starts, sequences, strict=False):
+        experts_PLK = sequence.routed_experts_PLK
+        if experts_PLK is None or len(experts_PLK) != sequence.num_positions:
+            raise ValueError(
+                f"a sequence of {sequence.num_positions} positions has routed experts for "
+                f"{0 if experts_PLK is None else len(experts_PLK)}: one row a position is needed"
+            )
+        experts_TLK[start : start + sequence.num_positions] = experts_PLK
+    return torch.from_numpy(experts_TLK)
+
+
+def pack_segments(
+    sequences: Sequence[TrainSequence],
+    lengths: Sequence[int],
+    padded: int,
+    version: int,
+    experts_LK: tuple[int, ...] | None = None,
+) -> TrainBatch:
     """One micro-batch of `padded` positions, `lengths` of them for each sequence, whose position ids start at 0."""
     padding = padded - sum(lengths)
     # Padding is one more sequence without sampled tokens: nothing attends to it and it has no loss. Nor does anything
@@ -189,4 +228,6 @@ def pack_segments(sequences: Sequence[TrainSequence], lengths: Sequence[int], pa
         cu_seqlens=torch.as_tensor(bounds),
         max_seqlen=int(np.diff(bounds).max()),
         num_sequences=len(sequences),
+        num_tokens=sum(s.num_positions for s in sequences),
+        routed_experts_TLK=None if experts_LK is None else _join_experts(sequences, bounds, padded, experts_LK),
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from drpo_megatron.models.flops import SequenceCost
 from drpo_megatron.models.shared_prefixes import SharedPrefixes
 from drpo_megatron.records import TrainBatch
-from drpo_megatron.training.packing import TrainSequence, pack, pack_segments, partition
+from drpo_megatron.training.packing import TrainSequence, experts_shape, pack, pack_segments, partition
 
 SharingMode = Literal["auto", "always", "never"]
 
@@ -41,7 +41,7 @@ def sharing_mode(setting: SharingMode, context: int) -> SharingMode:
 @dataclass(frozen=True)
 class Unit:
     """Sequences that are packed together. members: indices. shared: the positions at their start that they have in
-    common and that are computed once; 0 for one sequence alone.
+    common and that are computed once, with the routed experts of the first of them; 0 for one sequence alone.
     """
 
     members: tuple[int, ...]
@@ -177,8 +177,12 @@ def pack_update(
         lengths = [s.num_positions for s in sequences]
         batches = pack(sequences, data_rank=data_rank, version=version, sequence_multiple=sequence_multiple, **layout)
         return PackedUpdate(batches, lengths, [0] * len(lengths), 0.0)
-    batches = [_pack_units(units, sequences, plan.padded, version) for units in plan.shares[data_rank]]
     computed = [(unit.shared * bool(back), s) for unit in plan.units for s, back in unit.segments(sequences)]
+    num_update_tokens = sum(s.num_positions for _, s in computed)
+    batches = [
+        dataclasses.replace(_pack_units(units, sequences, plan.padded, version), num_update_tokens=num_update_tokens)
+        for units in plan.shares[data_rank]
+    ]
     return PackedUpdate(batches, [s.num_positions for _, s in computed], [prefix for prefix, _ in computed], saved)
 
 
@@ -201,7 +205,8 @@ def _pack_units(units: Sequence[Unit], sequences: Sequence[TrainSequence], padde
         for segment, back in unit.segments(sequences):
             prefix_of.append(len(segments) - back if back else -1)
             segments.append(segment)
-    batch = pack_segments(segments, [s.num_positions for s in segments], padded, version)
+    lengths = [s.num_positions for s in segments]
+    batch = pack_segments(segments, lengths, padded, version, experts_shape(sequences))
     bounds = tuple(batch.cu_seqlens.tolist())
     # Padding is a last segment that continues none.
     prefixes = SharedPrefixes(bounds, (*prefix_of, *[-1] * (len(bounds) - 1 - len(prefix_of))))

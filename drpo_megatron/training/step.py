@@ -24,6 +24,7 @@ from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
 from drpo_megatron.training.packing import TrainSequence
 from drpo_megatron.training.prefix import pack_update, sharing_mode
+from drpo_megatron.training.routing import RoutingStats, UpdateRouting, expert_biases, router_training
 from drpo_megatron.weights.importer import load_hf
 
 
@@ -34,7 +35,7 @@ class UpdateResult:
     stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. Data and context
     parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
     sparse backward, 0 when exact. flops: of the forward and backward on all ranks together. tokens_saved_frac: share of
-    its positions that a rank saved by shared prefixes.
+    its positions that a rank saved by shared prefixes. routing: of this rank's layers, None for a dense model.
     """
 
     stats: TokenStats | None
@@ -44,6 +45,7 @@ class UpdateResult:
     tail_bound: float
     flops: float
     tokens_saved_frac: float
+    routing: RoutingStats | None = None
 
 
 class Policy:
@@ -63,6 +65,7 @@ class Policy:
             recompute=config.model.recompute,
             spec_backend=spec_backend(),
             deterministic=config.training.deterministic,
+            router=router_training(config.model),
         )
         load_hf(modules, config.model.path, self.hf)
         self.chunks = wrap_data_parallel(
@@ -113,8 +116,12 @@ class Policy:
         self.optimizer.zero_grad()
         rank, size = parallel_state.get_context_parallel_rank(), self.layout.context
         micro_batches = [split_context(b, rank, size).to(device()) for b in packed.micro_batches]
+        routing = None
+        if self.hf.moe:
+            routing = UpdateRouting(self.hf, self.layout, replay=self.config.model.routing_replay is not False)
+        biases = [(bias, bias.clone()) for chunk in self.chunks for bias in expert_biases([chunk.module])]
         reports: list[MicroBatchReport] = self.forward_backward(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, routing),
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -124,6 +131,10 @@ class Policy:
         )
         grad_norm, applied = apply_update(self.optimizer, self.config.optimizer.clip_grad)
         self._weights_are_whole = not self.config.optimizer.overlap_param_gather
+        if not applied:
+            # The schedule moves them when it finalizes the gradients, before anything can look at those.
+            for bias, before in biases:
+                bias.copy_(before)
         self.guard.record(applied)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         self.scheduler.step(increment=1)
@@ -134,12 +145,23 @@ class Policy:
         tail_bound = max((r.tail_bound for r in reports), default=0.0)
         sampled = sum(int(s.sampled_L[1:].sum()) for s in sequences)
         flops = training_flops(self.hf, packed.lengths, sampled, packed.prefix_lengths)
-        return UpdateResult(stats, grad_norm, applied, learning_rate, tail_bound, flops, packed.tokens_saved_frac)
+        of_routers = routing.stats() if routing else None
+        return UpdateResult(
+            stats, grad_norm, applied, learning_rate, tail_bound, flops, packed.tokens_saved_frac, of_routers
+        )
 
-    def _forward_step(self, batches: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    def _forward_step(
+        self, routing: UpdateRouting | None, batches: Iterator[TrainBatch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, object]:
         batch = next(batches)
         hidden = forward_packed(
-            model, batch.tokens_T, batch.position_ids_T, batch.cu_seqlens, batch.max_seqlen, batch.prefixes
+            model,
+            batch.tokens_T,
+            batch.position_ids_T,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.prefixes,
+            routing.micro_batch(batch) if routing else None,
         )
         return hidden, partial(self._loss, batch, model)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,12 @@ def test_transformer_engine_logits(tmp_path: Path, family: str) -> None:
     assert (ours_TV - exact_TV).norm() <= 2 * (theirs_TV - exact_TV).norm()
 
 
-def test_quickstart_on_gpus(tmp_path: Path) -> None:
-    """Two ranks over NCCL, a server on the third device, checksums of GPU weights, bf16."""
+def train(tmp_path: Path, recipe: str) -> list[dict[str, Any]]:
+    """Metrics of three steps of a recipe in bf16: two ranks over NCCL, a server on the third device."""
     subprocess.run(
         [
             sys.executable,
-            *("-m", "drpo_megatron.cli", "train", str(ROOT / "configs" / "quickstart.yaml")),
+            *("-m", "drpo_megatron.cli", "train", str(ROOT / "configs" / f"{recipe}.yaml")),
             f"tracking.directory={tmp_path}",
             f"model.path={tmp_path / 'model'}",
             "model.dtype=bfloat16",
@@ -76,8 +77,22 @@ def test_quickstart_on_gpus(tmp_path: Path) -> None:
         check=True,
         timeout=900,
     )
-    steps = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (tmp_path / recipe / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
+    return steps
+
+
+def test_quickstart_on_gpus(tmp_path: Path) -> None:
+    """NCCL, the distributed optimizer, checksums of GPU weights."""
+    steps = train(tmp_path, "quickstart")
     assert all(s["sync/verified_parameters"] > 0 for s in steps)
     # bf16 on both sides: a few units in the last place of a log-probability of some nats
+    assert all(s["mismatch/abs_dlogp_mean"] < 0.05 for s in steps)
+
+
+def test_routing_replay_on_gpus(tmp_path: Path) -> None:
+    """Transformer Engine's layers with our router, grouped experts over two ranks, experts recorded by SGLang."""
+    steps = train(tmp_path, "tiny-qwen3-moe")
+    assert all(s["sync/verified_parameters"] > 0 for s in steps)
+    assert all(s["mismatch/router_disagreement"] == 0 for s in steps)
     assert all(s["mismatch/abs_dlogp_mean"] < 0.05 for s in steps)

@@ -191,12 +191,30 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
         (["data.system_prompt=x", "data.chat_template=false"], "data.system_prompt: needs data.chat_template"),
         (["data.source={type: jsonl, path: absent.jsonl}"], "data.source: absent.jsonl: does not exist"),
         (["model.path=absent"], "model.path: absent is not a directory"),
+        (["model.routing_replay=true"], "model.routing_replay: is True and qwen3 is dense; remove it"),
+        (["model.moe_aux_loss_coefficient=0.1"], "model.moe_aux_loss_coefficient: is 0.1 and qwen3 is dense"),
+        (["model.moe_z_loss_coefficient=0.1"], "model.moe_z_loss_coefficient: is 0.1 and qwen3 is dense"),
+        (["model.moe_bias_update_rate=0.1"], "model.moe_bias_update_rate: is 0.1 and qwen3 is dense"),
     ],
 )
 def test_cross_checks(config_file: Path, model: Path, overrides: list[str], expected: str) -> None:
     problems = problems_of(config_file, f"model.path={model}", *overrides, check=True)
     assert expected in problems
     assert len(problems.splitlines()) == 1, problems
+
+
+def test_mixture_of_experts(config_file: Path, model: Path) -> None:
+    """What only such a model may have, and which of them the rollout engine serves."""
+    hf = json.loads((model / "config.json").read_text())
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    (model / "config.json").write_text(json.dumps(hf | {"model_type": "qwen3_moe"} | experts))
+    settings = [f"model.path={model}", "model.routing_replay=false", "model.moe_aux_loss_coefficient=0.1"]
+    check_config(load_config(config_file, settings))
+    text = problems_of(config_file, *settings, "model.moe_bias_update_rate=0.1", check=True)
+    assert text.startswith("model.moe_bias_update_rate: is 0.1 and the routers of qwen3_moe have no bias")
+    (model / "config.json").write_text(json.dumps(hf | {"model_type": "qwen3_moe", "mlp_only_layers": [1]} | experts))
+    text = problems_of(config_file, *settings, check=True)
+    assert "layers [1] of" in text and "SGLang serves Qwen3-MoE with experts in every layer only" in text
 
 
 def test_extract_and_port(config_file: Path, model: Path) -> None:
