@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,13 @@ def pretend_a_gpu() -> None:
     torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
     # The dispatcher of tokens to experts takes a stream when it is built.
     torch.cuda.Stream = SimpleNamespace
+    arange = torch.arange
+
+    def arange_without_cuda(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return arange(*args, device="meta" if device == torch.device("cuda") else device, **kwargs)
+
+    # With fused permutation it also keeps the order of its experts on the device.
+    torch.arange = arange_without_cuda
 
 
 def build(

@@ -59,21 +59,25 @@ _YARN_ROPE = {
 }
 
 
-def config(family: str) -> PreTrainedConfig:
-    """llama: scaled rotary, untied. qwen2: biases, tied. qwen3: head norms, head_dim ≠ hidden / heads, untied.
+def config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a family, with `changes` over it.
+
+    llama: scaled rotary, untied. qwen2: biases, tied. qwen3: head norms, head_dim ≠ hidden / heads, untied.
 
     qwen3_moe: layers 0 and 2 are dense, the others have 8 experts. deepseek_v3: layer 0 is dense, the others have 16
     experts in 4 groups and two shared ones; latents for query and key-value, yarn, value heads narrower than key heads.
     """
     if family == "llama":
-        return LlamaConfig(**_COMMON, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE, rms_norm_eps=1e-5)
+        return LlamaConfig(
+            **_COMMON | changes, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE, rms_norm_eps=1e-5
+        )
     if family == "qwen2":
-        return Qwen2Config(**_COMMON, tie_word_embeddings=True, rms_norm_eps=1e-6)
+        return Qwen2Config(**_COMMON | changes, tie_word_embeddings=True, rms_norm_eps=1e-6)
     if family == "qwen3":
-        return Qwen3Config(**_COMMON, tie_word_embeddings=False, head_dim=24, rms_norm_eps=1e-6)
+        return Qwen3Config(**_COMMON | changes, tie_word_embeddings=False, head_dim=24, rms_norm_eps=1e-6)
     if family == "qwen3_moe":
         return Qwen3MoeConfig(
-            **_COMMON,
+            **_COMMON | changes,
             tie_word_embeddings=False,
             head_dim=24,
             rms_norm_eps=1e-6,
@@ -86,7 +90,7 @@ def config(family: str) -> PreTrainedConfig:
         )
     if family == "deepseek_v3":
         return DeepseekV3Config(
-            **_COMMON | {"num_key_value_heads": 4},
+            **_COMMON | {"num_key_value_heads": 4} | changes,
             tie_word_embeddings=False,
             rms_norm_eps=1e-6,
             rope_parameters=_YARN_ROPE,
@@ -109,15 +113,23 @@ def config(family: str) -> PreTrainedConfig:
 
 
 def write(
-    family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, max_shard_size: str = "5GB"
+    family: str,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    **changes: Any,
 ) -> PreTrainedModel:
     """Write a random model and a character tokenizer to `out_dir`; return the model, on the CPU, for reference results.
+
+    `changes` are values of the configuration.
 
     Norm weights, biases and routers are random too: at their initial ones and zeros a wrong one would go unnoticed.
     The router's bias stays in float32, as in the files of published models.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family))
+    model = AutoModelForCausalLM.from_config(config(family, **changes))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

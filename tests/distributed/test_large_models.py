@@ -1,14 +1,10 @@
 """The recipes of 30 to 671 billion parameters: every rank is built, none needs a GPU, and together they are the model.
 
-Transformer Engine's layers are built where Transformer Engine can be imported. The variable DRPO_TE_PATH names a
-directory to import it from, so that it stays out of an environment that trains on CPU.
+Transformer Engine's layers are built where `tests.te_install` finds or makes an installation of it.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +14,7 @@ from drpo_megatron.config import load_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform.layout import ParallelLayout
-from tests import large_models, tiny_models
+from tests import large_models, te_install, tiny_models
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -45,17 +41,8 @@ def local() -> dict[str, large_models.Report]:
 
 @pytest.fixture(scope="module")
 def transformer_engine() -> dict[str, large_models.Report]:
-    path = os.environ.get("DRPO_TE_PATH")
-    # torch first: it loads the CUDA libraries that Transformer Engine links to.
-    code = "import torch, transformer_engine.pytorch"
-    search = os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH")) if p)
-    tried = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True
-    )
-    if tried.returncode:
-        reason = (tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"])[-1]
-        pytest.skip(f"Transformer Engine cannot be imported (DRPO_TE_PATH is {path}): {reason}")
-    return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path)[0]
+    with te_install.directory() as path:
+        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480)[0]
 
 
 def _is_the_model(name: str, report: large_models.Report) -> None:
