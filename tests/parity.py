@@ -16,13 +16,12 @@ import torch
 from safetensors.numpy import load_file
 
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.training.packing import TrainSequence
 from tests import tiny_models
 from tests.distributed.test_train_step import DELTA, TEMPERATURE, run_config
 
 UPDATES = 3
-# The weights move by far more than the bounds, and the policy stays near the one that sampled.
-LR = 1e-3
 MEASURES = ("loss", "gradient norm", "log-probs", "parameters")
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,6 +34,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ONE_SEQUENCE = 1
 """A token budget that leaves every sequence alone in its micro-batch."""
+SETTINGS: dict[str, Any] = {
+    # The weights move by far more than the bounds, and the policy stays near the one that sampled.
+    "optimizer.lr": 1e-3,
+    # Rows that have them say so.
+    "training.shared_prefix": "never",
+    "model.routing_replay": False,
+}
 REFERENCE_SETTINGS: dict[str, Any] = {
     "training.tokens_per_micro_batch": ONE_SEQUENCE,
     "optimizer.distributed": False,
@@ -54,9 +60,8 @@ SP2 = {"tensor": 2, "sequence_parallel": True}
 class Case:
     """One row. `parallel` and `settings` are configuration; `settings` has dotted keys.
 
-    against: another case of the same world size; None is the reference of this model and dtype, one process with one
-    sequence a micro-batch. bounds: largest relative error of each of MEASURES; `reason` says what makes one of them
-    larger than FP32_BOUND.
+    against: another case of the same world size; None is one process with one sequence a micro-batch. bounds: largest
+    relative error of each of MEASURES; `reason` says what makes one of them larger than FP32_BOUND.
     """
 
     name: str
@@ -73,8 +78,11 @@ class Case:
         return int(np.prod(sizes))
 
     @property
-    def dtype(self) -> str:
-        return str(self.settings.get("model.dtype", "float32"))
+    def reference(self) -> Case:
+        """What `against` None stands for: the same mathematics on one process."""
+        same = ("model.dtype", "model.routing_replay")
+        settings = REFERENCE_SETTINGS | {key: self.settings[key] for key in same if key in self.settings}
+        return Case("one process", self.model, {}, settings)
 
 
 @dataclass(frozen=True)
@@ -103,13 +111,9 @@ class Outcome:
         )
 
 
-def reference(model: str, dtype: str = "float32") -> Case:
-    return Case(f"one process, {dtype}", model, {}, {**REFERENCE_SETTINGS, "model.dtype": dtype})
-
-
 def configuration(case: Case, model_directory: Path) -> RunConfig:
     raw = run_config(model_directory, dict(case.parallel)).model_dump()
-    for key, value in {"optimizer.lr": LR, **case.settings}.items():
+    for key, value in (SETTINGS | dict(case.settings)).items():
         section, name = key.rsplit(".", 1)
         place = raw
         for part in section.split("."):
@@ -121,39 +125,54 @@ def configuration(case: Case, model_directory: Path) -> RunConfig:
 Updates = list[list[TrainSequence]]
 
 
-def make_updates(model: torch.nn.Module) -> Updates:
-    """The global batch of each update: eight sequences of 2 to 6 tokens of prompt and 1 to 8 of response.
+def make_updates(model: torch.nn.Module, hf: HFModelConfig) -> Updates:
+    """The global batch of each update: four prompts of 4 to 8 tokens, each with two responses of 1 to 8.
 
     log μ is transformers' log-prob and a little noise, so that no loss is the small difference of large terms. Every
-    sampled token has its own, by which results of different packings are brought into one order.
+    sampled token has its own, by which results of different packings are brought into one order. Routed experts are
+    random sets, alike on the prompts of a group; the last prompt's second response has a negative advantage.
     """
     rng = np.random.default_rng(5)
-    vocab_size = model.config.vocab_size
     updates = []
     for _ in range(UPDATES):
         sequences = []
-        for index in range(8):
-            prompt, response = int(rng.integers(2, 7)), int(rng.integers(1, 9))
-            length = prompt + response
+        for group in range(4):
             # Behind the special tokens: the embedding of padding is 0, where a norm's gradient is 1 / √eps.
-            token_ids_L = rng.integers(3, vocab_size, length)
-            sampled_L = np.arange(length) >= prompt
-            with torch.no_grad():
-                logits_LV = model(torch.from_numpy(token_ids_L)[None]).logits[0, :-1] / TEMPERATURE
-            logp_L = torch.log_softmax(logits_LV, -1).numpy()[np.arange(length - 1), token_ids_L[1:]]
-            logmu_L = np.append(0.0, logp_L) + 0.3 * rng.normal(size=length)
-            sequences.append(
-                TrainSequence(
-                    token_ids_L=token_ids_L.astype(np.int32),
-                    sampled_L=sampled_L,
-                    logmu_L=(logmu_L * sampled_L).astype(np.float32),
-                    version_L=np.zeros(length, dtype=np.int32),
-                    advantage=float(rng.uniform(0.5, 1.5)) * (-1 if index == 7 else 1),
-                    weight=1 / (8 * response),
+            prompt_ids = rng.integers(3, hf.vocab_size, int(rng.integers(4, 9)))
+            prompt_experts = _random_experts(rng, hf, len(prompt_ids))
+            for sample in range(2):
+                response = int(rng.integers(1, 9))
+                token_ids_L = np.append(prompt_ids, rng.integers(3, hf.vocab_size, response))
+                length, positions = len(token_ids_L), np.arange(len(token_ids_L) - 1)
+                sampled_L = np.arange(length) >= len(prompt_ids)
+                with torch.no_grad():
+                    logits_LV = model(torch.from_numpy(token_ids_L)[None]).logits[0, :-1] / TEMPERATURE
+                logp_L = torch.log_softmax(logits_LV, -1).numpy()[positions, token_ids_L[1:]]
+                logmu_L = np.append(0.0, logp_L) + 0.3 * rng.normal(size=length)
+                experts = None
+                if prompt_experts is not None:
+                    experts = np.append(prompt_experts, _random_experts(rng, hf, response - 1), axis=0)
+                sequences.append(
+                    TrainSequence(
+                        token_ids_L=token_ids_L.astype(np.int32),
+                        sampled_L=sampled_L,
+                        logmu_L=(logmu_L * sampled_L).astype(np.float32),
+                        version_L=np.zeros(length, dtype=np.int32),
+                        advantage=float(rng.uniform(0.5, 1.5)) * (-1 if group == 3 and sample else 1),
+                        weight=1 / (8 * response),
+                        prompt_length=len(prompt_ids),
+                        routed_experts_PLK=experts,
+                    )
                 )
-            )
         updates.append(sequences)
     return updates
+
+
+def _random_experts(rng: np.random.Generator, hf: HFModelConfig, positions: int) -> np.ndarray | None:
+    if hf.moe is None:
+        return None
+    order_PLE = rng.random((positions, sum(hf.moe.layers), hf.moe.num_experts)).argsort(-1)
+    return order_PLE[..., : hf.moe.top_k].astype(np.int16)
 
 
 def write_models(root: Path, names: Sequence[str]) -> dict[str, Updates]:
@@ -161,17 +180,18 @@ def write_models(root: Path, names: Sequence[str]) -> dict[str, Updates]:
     updates = {}
     for name in names:
         family, changes = MODELS[name]
-        updates[name] = make_updates(tiny_models.write(family, root / name, **changes))
+        model = tiny_models.write(family, root / name, **changes)
+        updates[name] = make_updates(model, HFModelConfig.load(root / name))
     return updates
 
 
-def run_cases(root: Path, updates: Mapping[str, Updates], cases: Sequence[Case]) -> dict[tuple[str, str], Outcome]:
-    """All `cases`, of one world size, one after the other on these ranks; by model and name, on rank 0."""
+def run_cases(root: Path, updates: Mapping[str, Updates], cases: Sequence[Case]) -> list[Outcome]:
+    """All `cases`, of one world size, one after the other on these ranks; the list is empty but on rank 0."""
     import torch.distributed as dist
 
     from drpo_megatron.platform import distributed
 
-    outcomes = {}
+    outcomes = []
     for index, case in enumerate(cases):
         config = configuration(case, root / case.model)
         if index:
@@ -180,7 +200,7 @@ def run_cases(root: Path, updates: Mapping[str, Updates], cases: Sequence[Case])
             distributed.initialize(config.layout, timeout_s=60, seed=0, deterministic=config.training.deterministic)
         outcome = _outcome(config, updates[case.model])
         if dist.get_rank() == 0:
-            outcomes[case.model, case.name] = outcome
+            outcomes.append(outcome)
     distributed.shutdown()
     return outcomes
 
@@ -206,7 +226,7 @@ def _outcome(config: RunConfig, updates: Updates) -> Outcome:
         grad_norms.append(result.grad_norm)
         metrics.append(summarize(stats, DELTA))
         logp.append(stats.logp_N[order_N].double().numpy())
-    weights = {n: t.float().numpy().copy() for b in iter_hf_tensors(policy.modules, policy.hf) for n, t in b}
+    weights = {n: t.float().cpu().numpy().copy() for b in iter_hf_tensors(policy.modules, policy.hf) for n, t in b}
     return Outcome(losses, grad_norms, metrics, np.concatenate(logp), weights)
 
 

@@ -59,57 +59,62 @@ _YARN_ROPE = {
 }
 
 
+_FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False, "rope_parameters": _LLAMA3_ROPE, "rms_norm_eps": 1e-5}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 24, "rms_norm_eps": 1e-6}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "tie_word_embeddings": False,
+            "head_dim": 24,
+            "rms_norm_eps": 1e-6,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [0, 2],
+        },
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": _YARN_ROPE,
+            "q_lora_rank": 28,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 16,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "num_mtp_layers": 1,
+        },
+    ),
+}
+
+
 def config(family: str, **changes: Any) -> PreTrainedConfig:
-    """The configuration of a family, with `changes` over it.
+    """The configuration of a family, with `changes` over its values.
 
     llama: scaled rotary, untied. qwen2: biases, tied. qwen3: head norms, head_dim ≠ hidden / heads, untied.
 
     qwen3_moe: layers 0 and 2 are dense, the others have 8 experts. deepseek_v3: layer 0 is dense, the others have 16
     experts in 4 groups and two shared ones; latents for query and key-value, yarn, value heads narrower than key heads.
     """
-    if family == "llama":
-        return LlamaConfig(
-            **_COMMON | changes, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE, rms_norm_eps=1e-5
-        )
-    if family == "qwen2":
-        return Qwen2Config(**_COMMON | changes, tie_word_embeddings=True, rms_norm_eps=1e-6)
-    if family == "qwen3":
-        return Qwen3Config(**_COMMON | changes, tie_word_embeddings=False, head_dim=24, rms_norm_eps=1e-6)
-    if family == "qwen3_moe":
-        return Qwen3MoeConfig(
-            **_COMMON | changes,
-            tie_word_embeddings=False,
-            head_dim=24,
-            rms_norm_eps=1e-6,
-            num_experts=8,
-            num_experts_per_tok=3,
-            moe_intermediate_size=40,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[0, 2],
-        )
-    if family == "deepseek_v3":
-        return DeepseekV3Config(
-            **_COMMON | {"num_key_value_heads": 4} | changes,
-            tie_word_embeddings=False,
-            rms_norm_eps=1e-6,
-            rope_parameters=_YARN_ROPE,
-            q_lora_rank=28,
-            kv_lora_rank=20,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=12,
-            first_k_dense_replace=1,
-            n_routed_experts=16,
-            n_shared_experts=2,
-            num_experts_per_tok=4,
-            moe_intermediate_size=24,
-            n_group=4,
-            topk_group=2,
-            routed_scaling_factor=1.7,
-            num_mtp_layers=1,
-        )
-    raise ValueError(f"no tiny model of family {family}")
+    if family not in _FAMILIES:
+        raise ValueError(f"no tiny model of family {family}")
+    kind, values = _FAMILIES[family]
+    return kind(**_COMMON | values | changes)
 
 
 def write(

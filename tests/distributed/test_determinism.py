@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import OVERLAPPED, SP2, Case, Outcome, run_cases, write_models
+from tests.parity import OVERLAPPED, SP2, Case, Outcome, Updates, run_cases, write_models
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +22,7 @@ CASES = [
 ]
 
 
-def train(root: Path, updates: dict) -> tuple[str, dict[tuple[str, str], Outcome], bool]:
+def train(root: Path, updates: dict[str, Updates], cases: list[Case]) -> tuple[str, list[Outcome], bool]:
     """What a rank says without the environment, the outcomes with it, and torch's own switch after them."""
     import torch
 
@@ -34,7 +34,7 @@ def train(root: Path, updates: dict) -> tuple[str, dict[tuple[str, str], Outcome
     except RuntimeError as error:
         refusal = str(error)
     os.environ.update(determinism.environment())
-    return refusal, run_cases(root, updates, CASES), torch.are_deterministic_algorithms_enabled()
+    return refusal, run_cases(root, updates, cases), torch.are_deterministic_algorithms_enabled()
 
 
 def test_two_runs_are_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +43,8 @@ def test_two_runs_are_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     updates = write_models(tmp_path, ["qwen3", "qwen3_moe"])
-    (refusal, first, enabled), (_, second, _) = (run_ranks(2, train, tmp_path, updates)[0] for _ in range(2))
+    (refusal, first, enabled), (_, second, _) = (run_ranks(2, train, tmp_path, updates, CASES)[0] for _ in range(2))
     assert enabled
     assert all(f"{name}={value}" in refusal for name, value in ENVIRONMENT.items())
-    for case in CASES:
-        one, two = first[case.model, case.name], second[case.model, case.name]
+    for case, one, two in zip(CASES, first, second, strict=True):
         assert one.metrics and one.equals(two), case.name

@@ -18,12 +18,12 @@ from tests.parity import (
     MODELS,
     ONE_SEQUENCE,
     OVERLAPPED,
+    REFERENCE_SETTINGS,
     SP2,
     Case,
     Outcome,
     Updates,
     errors,
-    reference,
     run_cases,
     smallest_move,
     write_models,
@@ -36,6 +36,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "results" / "parity.md"
 BUDGET = "training.tokens_per_micro_batch"
 FOUR_MICRO_BATCHES, TWO_MICRO_BATCHES, ONE_MICRO_BATCH = {BUDGET: 20}, {BUDGET: 40}, {BUDGET: 4096}
 SELECTIVE, FULL = {"model.recompute": "selective"}, {"model.recompute": "full"}
+SHARED = {"training.shared_prefix": "always"}
+REPLAY = {"model.routing_replay": True}
 BF16 = {"model.dtype": "bfloat16"}
 EXACT = (0.0, 0.0, 0.0, 0.0)
 
@@ -50,6 +52,9 @@ CASES = [
     Case("recompute selective", "deepseek_v3", {}, SELECTIVE),
     Case("recompute full", "qwen3", {}, FULL),
     Case("recompute full", "qwen3_moe", {}, FULL),
+    Case("shared prefixes", "qwen3", {}, SHARED),
+    Case("shared prefixes", "deepseek_v3", {}, SHARED | TWO_MICRO_BATCHES),
+    Case("shared prefixes, replay", "qwen3_moe", {}, SHARED | REPLAY),
     # Two processes.
     Case("TP2", "qwen3", {"tensor": 2}),
     Case("TP2", "qwen2", {"tensor": 2}),
@@ -77,6 +82,15 @@ CASES = [
     Case("ETP2", "deepseek_v3", {"data": 2, "expert_tensor": 2}),
     Case("TP2+SP×EP2", "qwen3_moe", {**SP2, "expert": 2}),
     Case("TP2+SP×EP2", "deepseek_v3", {**SP2, "expert": 2}),
+    Case("CP2", "qwen3", {"context": 2}),
+    Case("CP2", "qwen2", {"context": 2}, OVERLAPPED),
+    Case("CP2", "deepseek_v3", {"context": 2}),
+    Case("CP2×EP2", "qwen3_moe", {"context": 2, "expert": 2}),
+    Case("TP2+SP, shared prefixes", "qwen3", SP2, SHARED),
+    Case("PP2, shared prefixes", "deepseek_v3", {"pipeline": 2}, SHARED),
+    Case("EP2, replay", "qwen3_moe", {"data": 2, "expert": 2}, REPLAY),
+    Case("EP2, replay", "deepseek_v3", {"data": 2, "expert": 2}, REPLAY),
+    Case("TP2+SP×EP2, replay", "qwen3_moe", {**SP2, "expert": 2}, REPLAY | FULL),
     Case("DP2, bf16", "qwen3", {"data": 2}, BF16 | {BUDGET: ONE_SEQUENCE}),
     Case(
         "TP2, bf16",
@@ -98,6 +112,10 @@ CASES = [
     Case("TP2+SP×DP2, overlapped", "qwen3", {**SP2, "data": 2}, OVERLAPPED),
     Case("PP2×DP2, overlapped", "llama", {"pipeline": 2, "data": 2}, OVERLAPPED),
     Case("DP4, overlapped", "qwen2", {"data": 4}, OVERLAPPED),
+    Case("TP2+SP×CP2", "qwen3", {**SP2, "context": 2}),
+    Case("CP2×DP2, overlapped", "llama", {"context": 2, "data": 2}, OVERLAPPED),
+    Case("PP2×CP2", "qwen2", {"pipeline": 2, "context": 2}),
+    Case("TP2+SP×PP2×EP2, replay", "qwen3_moe", {**SP2, "pipeline": 2, "expert": 2}, REPLAY),
     Case("EP4", "deepseek_v3", {"data": 4, "expert": 4}, OVERLAPPED),
     Case("TP2+SP×DP2×EP2×ETP2", "qwen3_moe", {**SP2, "data": 2, "expert": 2, "expert_tensor": 2}),
     Case("PP2×DP2×EP2", "deepseek_v3", {"pipeline": 2, "data": 2, "expert": 2}),
@@ -110,7 +128,8 @@ Written by `make parity`, which runs `tests/distributed/test_parity.py`; do not 
 tiny random model by the trainer's own `Policy.update` (packing, schedule, fused DRPO loss, gradient reduction,
 clipping, Adam), on CPU ranks over gloo. It is compared with one process that has one sequence in a micro-batch, no
 recomputation and an unsharded optimizer. All rows of a model have the same weights and the same eight sequences an
-update. Arithmetic is float32 unless a row says bf16; main weights and gradient sums are float32 in every row.
+update, two responses to each of four prompts. Arithmetic is float32 unless a row says bf16; main weights and gradient
+sums are float32 in every row. With `routing_replay` both sides take the same random experts.
 
 Relative errors, the worst of three updates. Loss and gradient norm: |a − e| / |e|. Log-probs: the largest difference
 over the largest log-prob, of all sampled tokens. Parameters: the same for each tensor after the third update, the worst
@@ -128,26 +147,38 @@ def label(case: Case) -> str:
 
 @dataclass
 class Launches:
-    """The outcomes of the cases by model and name; one launch a world size, when it is asked for."""
+    """The outcomes of the cases; one launch a world size, when it is asked for."""
 
     root: Path
     updates: dict[str, Updates]
-    done: dict[int, dict[tuple[str, str], Outcome]] = field(default_factory=dict)
+    done: dict[int, list[tuple[Case, Outcome]]] = field(default_factory=dict)
 
-    def world(self, size: int) -> dict[tuple[str, str], Outcome]:
+    def outcome(self, case: Case) -> Outcome:
+        size = case.world_size
         if size not in self.done:
-            references = [*(reference(m) for m in MODELS), reference("qwen3", "bfloat16")]
-            cases = [c for c in [*references, *CASES] if c.world_size == size]
-            self.done[size] = run_ranks(size, run_cases, self.root, self.updates, cases, timeout_s=900)[0]
-        return self.done[size]
+            cases = [c for c in CASES if c.world_size == size]
+            if size == 1:
+                for reference in (c.reference for c in CASES if c.against is None):
+                    if reference not in cases:
+                        cases.append(reference)
+            outcomes = run_ranks(size, run_cases, self.root, self.updates, cases, timeout_s=900)[0]
+            self.done[size] = list(zip(cases, outcomes, strict=True))
+        return next(outcome for c, outcome in self.done[size] if c == case)
 
-    def reference(self, case: Case) -> Outcome:
-        if case.against is not None:
-            return self.world(case.world_size)[case.model, case.against]
-        return self.world(1)[case.model, reference(case.model, case.dtype).name]
+    def expected(self, case: Case) -> Outcome:
+        if case.against is None:
+            return self.outcome(case.reference)
+        return self.outcome(next(c for c in CASES if (c.name, c.model) == (case.against, case.model)))
 
     def errors(self, case: Case) -> tuple[float, ...]:
-        return errors(self.world(case.world_size)[case.model, case.name], self.reference(case))
+        return errors(self.outcome(case), self.expected(case))
+
+    def moves(self) -> dict[str, float]:
+        """By model, of one process."""
+        references = {
+            c.model: c.reference for c in CASES if c.against is None and c.reference.settings == REFERENCE_SETTINGS
+        }
+        return {m: smallest_move(self.outcome(c), self.root / m) for m, c in references.items()}
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +195,13 @@ def test_equals_the_reference(case: Case, launches: Launches) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.bounds == EXACT], ids=label)
 def test_repeats_to_the_bit(case: Case, launches: Launches) -> None:
-    assert launches.world(case.world_size)[case.model, case.name].equals(launches.reference(case))
+    assert launches.outcome(case).equals(launches.expected(case))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_moves(model: str, launches: Launches) -> None:
     """Otherwise equal parameters would say nothing."""
-    assert moves(launches)[model] > 10 * FP32_BOUND
-
-
-def moves(launches: Launches) -> dict[str, float]:
-    return {m: smallest_move(launches.world(1)[m, reference(m).name], launches.root / m) for m in MODELS}
+    assert launches.moves()[model] > 10 * FP32_BOUND
 
 
 def row(case: Case, measured: Sequence[str]) -> list[str]:
@@ -187,7 +214,7 @@ def row(case: Case, measured: Sequence[str]) -> list[str]:
 
 def test_page_has_these_rows(launches: Launches) -> None:
     if os.environ.get("DRPO_WRITE_RESULTS"):
-        moved = ", ".join(f"{move:.1e} ({model})" for model, move in moves(launches).items())
+        moved = ", ".join(f"{move:.1e} ({model})" for model, move in launches.moves().items())
         rows = [row(case, [f"{e:.1e}" if e else "0" for e in launches.errors(case)]) for case in CASES]
         PAGE.write_text(PAGE_HEAD.format(moves=moved) + "".join(f"| {' | '.join(cells)} |\n" for cells in rows))
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]

@@ -180,6 +180,21 @@ REFUSALS = [
         "deepseek_v3",
         {"num_key_value_heads": 2},
     ),
+    Refusal(
+        "shared prefixes and a split context",
+        "training.shared_prefix=always parallel.context=2",
+        ("training.shared_prefix", "always", "parallel.context = 2"),
+    ),
+    Refusal(
+        "replay of a dense model", "model.routing_replay=true", ("model.routing_replay: is True", "qwen3 is dense")
+    ),
+    Refusal(
+        "dense layers that SGLang does not serve",
+        "parallel.tensor=1",
+        ("layers [0, 2]", "SGLang"),
+        "qwen3_moe",
+        {"mlp_only_layers": [0, 2]},
+    ),
     Refusal("updates over prompts", "training.updates_per_batch=5", ("5 does not divide", "prompts_per_step = 32")),
     Refusal(
         "more updates than prompts", "training.updates_per_batch=64", ("64 does not divide", "prompts_per_step = 32")
@@ -267,7 +282,8 @@ REFUSALS = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
-        tiny_models.write(family, root / family)
+        # SGLang serves Qwen3-MoE without dense layers only.
+        tiny_models.write(family, root / family, **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
     return root
 
 
@@ -330,6 +346,7 @@ LEGAL = [
     ("qwen3_moe", "parallel.tensor=1 parallel.data=8 parallel.expert=8"),
     ("qwen3_moe", "parallel.sequence_parallel=true parallel.data=2 parallel.expert=2 parallel.expert_tensor=2"),
     ("deepseek_v3", "parallel.tensor=4 parallel.sequence_parallel=true parallel.expert=4 parallel.pipeline=2"),
+    ("qwen3", "parallel.context=2 parallel.data=2"),
     ("qwen3", "optimizer.overlap_param_gather=true optimizer.bucket_parameters=1000 training.deterministic=true"),
     ("qwen3", "rollout.server.tensor_parallel=4 rollout.server.devices=[2,3,4,5]"),
 ]
