@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SETUP := setup.py $(wildcard requirements/*.txt)
 GPU   := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: install quickstart test lint unit gpu parity peers settings constraints
+.PHONY: install quickstart test lint unit gpu layouts parity peers settings constraints
 
 install: $(STAMP)
 
@@ -41,9 +41,14 @@ settings: $(STAMP)
 	(head -4 docs/settings.md; $(BIN)/drpo settings) > $(VENV)/settings.md
 	mv $(VENV)/settings.md docs/settings.md
 
+# Tests that `make test` leaves out, because they go through many layouts for many minutes.
+layouts: $(STAMP)
+	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py tests/distributed/test_determinism.py \
+	  tests/distributed/test_routing_replay.py tests/distributed/test_large_models.py
+
 # Every layout against one process: docs/results/parity.md.
 parity: $(STAMP)
-	DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py
+	DRPO_LAYOUTS=1 DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py
 
 # What `drpo bench loss` compares with, beside the product's own packages and behind them.
 peers: $(STAMP)

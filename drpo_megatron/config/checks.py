@@ -90,10 +90,11 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"parallel.data: {ranks} ranks share the {sequences} sequences of an update "
             "(prompts_per_step / updates_per_batch × samples_per_prompt), so some would have none; change one of them"
         )
+    from drpo_megatron.platform import spec_backend
     from drpo_megatron.training.prefix import sharing_mode  # imports torch, which takes seconds
 
     try:
-        sharing_mode(config.training.shared_prefix, config.parallel.context)
+        sharing_mode(config.training.shared_prefix, config.parallel.context, spec_backend())
     except ValueError as error:
         yield f"training.shared_prefix: {error}"
     if config.optimizer.min_lr > config.optimizer.lr:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from drpo_megatron.models.flops import SequenceCost
 from drpo_megatron.models.shared_prefixes import SharedPrefixes
+from drpo_megatron.models.specs import SpecBackend
 from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.packing import TrainSequence, experts_shape, pack, pack_segments, partition
 
@@ -26,8 +27,15 @@ SAVED_FROM = 0.1
 LENGTH = SequenceCost(linear=1.0, quadratic=0.0)
 
 
-def sharing_mode(setting: SharingMode, context: int) -> SharingMode:
+def sharing_mode(setting: SharingMode, context: int, spec_backend: SpecBackend = "local") -> SharingMode:
     """The mode of a run with `context` context-parallel ranks. Raises ValueError where `always` cannot be had."""
+    if spec_backend == "transformer_engine":
+        if setting == "always":
+            raise ValueError(
+                "always needs the local core attention, because Transformer Engine's does not know shared prefixes; "
+                "set training.shared_prefix to auto or never"
+            )
+        return "never"
     if context == 1:
         return setting
     if setting == "always":

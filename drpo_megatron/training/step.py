@@ -56,7 +56,7 @@ class Policy:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.layout = config.layout
-        self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context)
+        self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context, spec_backend())
         self.hf = HFModelConfig.load(config.model.path)
         modules = build_model(
             self.hf,
@@ -116,9 +116,9 @@ class Policy:
         self.optimizer.zero_grad()
         rank, size = parallel_state.get_context_parallel_rank(), self.layout.context
         micro_batches = [split_context(b, rank, size).to(device()) for b in packed.micro_batches]
-        routing = None
-        if self.hf.moe:
-            routing = UpdateRouting(self.hf, self.layout, replay=self.config.model.routing_replay is not False)
+        routing, replay = None, self.config.model.routing_replay is not False
+        if self.hf.moe and (replay or all(s.routed_experts_PLK is not None for s in sequences)):
+            routing = UpdateRouting(self.hf, self.layout, replay=replay)
         biases = [(bias, bias.clone()) for chunk in self.chunks for bias in expert_biases([chunk.module])]
         reports: list[MicroBatchReport] = self.forward_backward(
             forward_step_func=partial(self._forward_step, routing),

@@ -37,6 +37,8 @@ class Case:
     def config(self, root: Path) -> RunConfig:
         plain = run_config(root / self.family, self.parallel).model_dump()
         plain["model"]["recompute"] = self.recompute
+        # Routers choose their experts, as transformers' do.
+        plain["model"]["routing_replay"] = False if self.family in ("qwen3_moe", "deepseek_v3") else None
         return RunConfig.model_validate(plain | {"algorithm": plain["algorithm"] | self.algorithm})
 
 

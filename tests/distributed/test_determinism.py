@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.layouts import many_layouts
 from tests.parity import OVERLAPPED, SP2, Case, Outcome, Updates, run_cases, write_models
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, many_layouts]
 
 DETERMINISTIC = {"training.deterministic": True}
 CASES = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.layouts import many_layouts
 from tests.parity import (
     FP32_BOUND,
     MEASURES,
@@ -30,7 +31,7 @@ from tests.parity import (
 )
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, many_layouts]
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "parity.md"
 BUDGET = "training.tokens_per_micro_batch"

@@ -21,6 +21,7 @@ from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.training.packing import TrainSequence
 from tests import tiny_models
 from tests.distributed.test_train_step import CLIP, DELTA, EPS, LR, TEMPERATURE, make_sequences, run_config
+from tests.layouts import many_layouts
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -286,6 +287,7 @@ FOUR_RANKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@many_layouts
 @pytest.mark.parametrize(("world", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
 def test_layouts(
     world: int, layouts: dict[str, Any], models: dict[str, Path], references: dict[str, dict[str, Any]]

@@ -86,6 +86,8 @@ def updates_on_ranks(directory: str, sequences: list[TrainSequence]) -> list[lis
     for index, (family, parallel, settings) in enumerate(CASES):
         base = run_config(Path(directory) / family, parallel, tokens_per_micro_batch=128).model_dump()
         base["model"]["recompute"] = settings.get("recompute", "none")
+        # Routers choose their experts, as transformers' do.
+        base["model"]["routing_replay"] = False if family in ("qwen3_moe", "deepseek_v3") else None
         if "loss" in settings:
             base["algorithm"] |= {"loss": settings["loss"], "loss_args": {}}
         of_case = []
@@ -146,7 +148,7 @@ def test_update_with_shared_prefixes_equals_the_plain_one(tmp_path: Path) -> Non
                 assert difference < TOLERANCE * plain["grad_norm"], (*case, name)
             for name, weight in plain["after"].items():
                 assert np.abs(shared["after"][name] - weight).max() < TOLERANCE, (*case, name)
-            if family in references and "loss" not in settings:
+            if rank == 0 and family in references and "loss" not in settings:
                 expected = references[family]
                 assert shared["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE), case
                 assert shared["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), case

@@ -154,3 +154,6 @@ def test_context_parallelism() -> None:
     assert sharing_mode("auto", 2) == "never"
     with pytest.raises(ValueError, match=r"parallel.context = 2.*set training.shared_prefix to auto or never"):
         sharing_mode("always", 2)
+    assert sharing_mode("auto", 1, "transformer_engine") == "never"
+    with pytest.raises(ValueError, match="Transformer Engine's does not know"):
+        sharing_mode("always", 1, "transformer_engine")
