@@ -156,9 +156,9 @@ def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.Monk
     asked: list[str] = []
     body = client.request_body
 
-    def record(prompt: Prompt, samples: int, sampling: SamplingConfig) -> dict[str, Any]:
+    def record(prompt: Prompt, samples: int, sampling: SamplingConfig, **options: Any) -> dict[str, Any]:
         asked.append(prompt.id)
-        return body(prompt, samples, sampling)
+        return body(prompt, samples, sampling, **options)
 
     monkeypatch.setattr(client, "request_body", record)
     prompts = make_prompts(64, tiny_models.VOCAB_SIZE)
