@@ -146,7 +146,7 @@ def test_update_with_shared_prefixes_equals_the_plain_one(tmp_path: Path) -> Non
                 assert difference < TOLERANCE * plain["grad_norm"], (*case, name)
             for name, weight in plain["after"].items():
                 assert np.abs(shared["after"][name] - weight).max() < TOLERANCE, (*case, name)
-            if family in references and "loss" not in settings:
+            if rank == 0 and family in references and "loss" not in settings:
                 expected = references[family]
                 assert shared["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE), case
                 assert shared["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), case
