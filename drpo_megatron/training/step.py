@@ -34,8 +34,9 @@ class UpdateResult:
 
     stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. Data and context
     parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
-    sparse backward, 0 when exact. flops: of the forward and backward on all ranks together. tokens_saved_frac: share of
-    its positions that a rank saved by shared prefixes. routing: of this rank's layers, None for a dense model.
+    sparse backward, 0 when exact. flops and positions: of the forward and backward on all ranks together.
+    tokens_saved_frac: share of its positions that a rank saved by shared prefixes. routing: of this rank's layers, None
+    for a dense model.
     """
 
     stats: TokenStats | None
@@ -44,6 +45,7 @@ class UpdateResult:
     learning_rate: float
     tail_bound: float
     flops: float
+    positions: int
     tokens_saved_frac: float
     routing: RoutingStats | None = None
 
@@ -145,9 +147,16 @@ class Policy:
         tail_bound = max((r.tail_bound for r in reports), default=0.0)
         sampled = sum(int(s.sampled_L[1:].sum()) for s in sequences)
         flops = training_flops(self.hf, packed.lengths, sampled, packed.prefix_lengths)
-        of_routers = routing.stats() if routing else None
         return UpdateResult(
-            stats, grad_norm, applied, learning_rate, tail_bound, flops, packed.tokens_saved_frac, of_routers
+            stats,
+            grad_norm,
+            applied,
+            learning_rate,
+            tail_bound,
+            flops=flops,
+            positions=sum(packed.lengths),
+            tokens_saved_frac=packed.tokens_saved_frac,
+            routing=routing.stats() if routing else None,
         )
 
     def _forward_step(
