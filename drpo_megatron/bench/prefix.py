@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,23 +28,22 @@ PROMPT, RESPONSES = 46, (10, 12)
 REPETITIONS = 5
 
 
-def measure(directory: Path) -> dict[str, Figure]:
-    """Figures of both dtypes; the model is made in `directory`. Raises CalledProcessError when a worker fails; its
-    message is on stderr.
-    """
+def measure() -> dict[str, Figure]:
+    """Raises CalledProcessError when a worker fails; its message is on stderr."""
     from drpo_megatron.models.recipes import ensure_model
 
-    model = ensure_model("smollm2_135m", directory / "smollm2-135m")
     figures = {}
-    for name, dtype in DTYPES.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "drpo_megatron.bench.prefix", str(model), dtype, str(REPETITIONS)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        figures |= figures_of(name, json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as directory:
+        model = ensure_model("smollm2_135m", Path(directory) / "smollm2-135m")
+        for name, dtype in DTYPES.items():
+            done = subprocess.run(
+                [sys.executable, "-m", "drpo_megatron.bench.prefix", str(model), dtype, str(REPETITIONS)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            figures |= figures_of(name, json.loads(done.stdout.splitlines()[-1]))
     return figures
 
 

@@ -41,7 +41,7 @@ def measure() -> dict[str, Figure]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        figures["drpo_over_cross_entropy"] = Figure.of(json.loads(ratios.stdout.splitlines()[-1]))
+        figures["drpo_over_cross_entropy"] = Figure.of(json.loads(ratios.stdout.splitlines()[-1]), "<= 1.05")
     return figures
 
 

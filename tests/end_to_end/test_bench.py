@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from drpo_megatron.bench import loss
+from drpo_megatron.bench import loss, prefix
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -29,6 +29,15 @@ def test_step() -> None:
     assert 0.8 < sum(shares.values()) < 1.2  # medians of shares that add up to 1 in each step
     assert figures["generate_tokens_per_s"] > 0 and figures["train_tokens_per_s"] > 0
     assert 0.3 < figures["drpo_over_cross_entropy"] < 3
+
+
+def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "REPETITIONS", 1)
+    monkeypatch.setattr(prefix, "DTYPES", {"fp32": "float32"})
+    figures = prefix.measure()
+    # A pack repeats nothing of a group's prompt but its last token.
+    assert 3 < figures["shared_prefix_tokens_ratio"].value < 4
+    assert figures["shared_prefix_speedup_fp32"].value > 1
 
 
 @pytest.fixture
