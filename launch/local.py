@@ -14,7 +14,7 @@ from pathlib import Path
 from drpo_megatron.config import RunConfig, dump_config
 from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
-from drpo_megatron.platform.process import die_with_parent, stop_group
+from drpo_megatron.platform.process import HUGE_PAGES, die_with_parent, stop_group
 
 SHUTDOWN_S = 45.0
 
@@ -34,6 +34,7 @@ def training_environment(config: RunConfig) -> dict[str, str]:
     """Variables that the ranks need besides the caller's own."""
     return {
         "OMP_NUM_THREADS": str(config.training.threads),
+        **HUGE_PAGES,
         "TOKENIZERS_PARALLELISM": "false",  # ranks fork workers after the tokenizer was used
         "HF_HUB_OFFLINE": "1",  # models are directories: nothing is looked up on a hub
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps TP communication by the order of kernel launches

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drpo_megatron.bench.report import Figure
+from drpo_megatron.platform.process import HUGE_PAGES
 
 VOCABULARY, TOKENS, LONG = 151_936, 4_096, 32_768
 HIDDEN = (1_024, 4_096)
@@ -107,7 +108,7 @@ def run_worker(
         command += [f"--problem={problem}", f"--tail-tolerance={TAIL_TOLERANCE}"]
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "DRPO_PEERS": str(PEERS)},
+        env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": str(threads), "DRPO_PEERS": str(PEERS)},
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -242,8 +242,8 @@ class TrainingConfig(Section):
     sequence is alone."""
     shared_prefix: Literal["auto", "always", "never"] = "auto"
     """Compute the prompt of a group once a micro-batch, and let all its responses attend to it. auto: in updates where
-    that saves a rank 10 % of its positions or more. Not with context parallelism or Transformer Engine: auto packs
-    plainly there."""
+    that saves a rank 10 % of its positions or more. auto packs plainly with context parallelism, which always refuses,
+    and with Transformer Engine, where always uses FlexAttention (not run: no GPU)."""
     threads: int = Field(1, gt=0)
     """CPU threads of a training rank, where it runs on CPU."""
     deterministic: bool = False

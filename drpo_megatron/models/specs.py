@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from drpo_megatron.models.attention import SDPACoreAttention
+from drpo_megatron.models.flex_attention import with_shared_prefixes
 from drpo_megatron.models.mla_attention import LocalMLASelfAttention
 from drpo_megatron.models.routing import use_rollout_router
 
@@ -45,13 +46,15 @@ def block_spec(
     """The spec of this pipeline stage's (virtual stage's) layers, dense ones and mixtures of experts, whose routers are
     ours with both backends.
 
-    `transformer_engine`: Megatron-Core's spec as it is, with norms fused into the linear layers and the experts of a
-    layer in one grouped matrix product. Not run: no GPU.
+    `transformer_engine`: Megatron-Core's spec, with norms fused into the linear layers and the experts of a layer in
+    one grouped matrix product; its core attention takes shared prefixes too. Not run: no GPU.
     """
     if spec_backend == "transformer_engine":
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         for layer in block.layer_specs:
             use_rollout_router(layer.submodules)
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = with_shared_prefixes(attention.core_attention)
         return block
     dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
     is_moe = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers

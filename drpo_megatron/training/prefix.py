@@ -28,22 +28,18 @@ LENGTH = SequenceCost(linear=1.0, quadratic=0.0)
 
 
 def sharing_mode(setting: SharingMode, context: int, spec_backend: SpecBackend = "local") -> SharingMode:
-    """The mode of a run with `context` context-parallel ranks. Raises ValueError where `always` cannot be had."""
-    if spec_backend == "transformer_engine":
-        if setting == "always":
-            raise ValueError(
-                "always needs the local core attention, because Transformer Engine's does not know shared prefixes; "
-                "set training.shared_prefix to auto or never"
-            )
-        return "never"
-    if context == 1:
-        return setting
-    if setting == "always":
+    """The mode of a run with `context` context-parallel ranks. Raises ValueError where `always` cannot be had.
+
+    `auto` packs plainly with Transformer Engine: its FlexAttention has not been run, and must be asked for.
+    """
+    if context > 1 and setting == "always":
         raise ValueError(
             f"always does not go with parallel.context = {context}, because a prefix is not split over "
             "context-parallel ranks; set training.shared_prefix to auto or never, or parallel.context to 1"
         )
-    return "never"
+    if context > 1 or (setting == "auto" and spec_backend == "transformer_engine"):
+        return "never"
+    return setting
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from drpo_megatron.models.shared_prefixes import SharedPrefixes
 platform.activate()
 
 from drpo_megatron.models import prefix_attention as module  # noqa: E402 - Megatron-Core needs the redirect first
+from drpo_megatron.models.flex_attention import flex_prefix_attention, with_shared_prefixes  # noqa: E402
 from drpo_megatron.models.packs import prefix_packed_seq_params  # noqa: E402
 
 # A lone segment, two prefixes with their segments mixed, an empty one, lengths on both sides of the batches' bounds.
@@ -49,6 +50,35 @@ def test_equals_a_dense_mask(heads: int, groups: int) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
         for ours, theirs in zip(torch.autograd.grad(actual, leaves, cotangent), expected_gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 8), (6, 2, 5)])
+def test_flex_attention_equals_it(heads: int, groups: int, width: int) -> None:
+    """The forward: torch has no backward of FlexAttention without a GPU (tests/gpu has)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, 8), (groups, 8), (groups, width))
+    query, key, value = (torch.randn(PREFIXES.bounds[-1], *s, dtype=torch.float64, generator=generator) for s in shapes)
+    pack = prefix_packed_seq_params(PREFIXES, PREFIXES.position_ids())
+    for scale in (None, 0.3):
+        expected = module.prefix_attention(query, key, value, pack, scale)
+        actual = flex_prefix_attention(query, key, value, pack, scale)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_transformer_engines_attention_hands_over_shared_prefixes() -> None:
+    class Core(torch.nn.Module):
+        def __init__(self, softmax_scale: float | None = None) -> None:
+            super().__init__()
+
+        def forward(self, query: torch.Tensor, *args: object, **kwargs: object) -> str:
+            return "plain"
+
+    core = with_shared_prefixes(Core)(softmax_scale=0.3)
+    pack = prefix_packed_seq_params(PREFIXES, PREFIXES.position_ids())
+    x = torch.randn(PREFIXES.bounds[-1], 2, 8)
+    assert core(x, x, x, None, packed_seq_params=None) == "plain"
+    expected = module.prefix_attention(x, x, x, pack, 0.3)
+    torch.testing.assert_close(core(x, x, x, None, packed_seq_params=pack), expected)
 
 
 def test_the_work_is_that_of_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
