@@ -32,7 +32,7 @@ def measure() -> dict[str, Figure]:
     """Raises CalledProcessError when a worker fails; its message is on stderr."""
     from drpo_megatron.models.recipes import ensure_model
 
-    figures = {}
+    figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as directory:
         model = ensure_model("smollm2_135m", Path(directory) / "smollm2-135m")
         for name, dtype in DTYPES.items():

@@ -69,7 +69,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_shared_prefixes(core_attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """Transformer Engine's core attention, which takes packs with shared prefixes too. Not run: no GPU."""
 
-    class FlexCoreAttention(core_attention):  # type: ignore[valid-type,misc]
+    class FlexCoreAttention(core_attention):
         def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
             self.flex_scale = softmax_scale
