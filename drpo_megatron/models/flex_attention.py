@@ -28,9 +28,8 @@ def flex_prefix_attention(
 
     Raises ValueError when the pack's segments do not hold T positions.
     """
-    if pack.prefixes is None or pack.prefixes.bounds[-1] != query.size(0):
-        raise ValueError(f"there are {query.size(0)} packed tokens for the segments {pack.prefixes}")
-    mask = pack.plans.get(__name__) or pack.plans.setdefault(__name__, block_mask(pack.prefixes, query.device))
+    prefixes = pack.segments_of(query.size(0))
+    mask = pack.plans.get(__name__) or pack.plans.setdefault(__name__, block_mask(prefixes, query.device))
     context_1nTe = _on(query.device, flex_attention)(
         *(x.transpose(0, 1)[None] for x in (query, key, value)),
         block_mask=mask,

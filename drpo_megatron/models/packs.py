@@ -29,6 +29,12 @@ class PrefixPackedSeqParams(RoutedSeqParams):
     rotary_positions_T: torch.Tensor | None = None
     max_positions: int = 0
 
+    def segments_of(self, num_tokens: int) -> SharedPrefixes:
+        """The segments, which must hold `num_tokens` positions: ValueError otherwise."""
+        if self.prefixes is None or self.prefixes.bounds[-1] != num_tokens:
+            raise ValueError(f"there are {num_tokens} packed tokens for the segments {self.prefixes}")
+        return self.prefixes
+
     @functools.cached_property
     def plans(self) -> dict[str, Any]:
         """What a core attention derives from `prefixes`, by its own name: made once, used by all layers."""

@@ -85,9 +85,8 @@ def prefix_attention(
 
     Raises ValueError when the pack's segments do not hold T positions.
     """
-    if pack.prefixes is None or pack.prefixes.bounds[-1] != query.size(0):
-        raise ValueError(f"there are {query.size(0)} packed tokens for the segments {pack.prefixes}")
-    plan = pack.plans.get(__name__) or pack.plans.setdefault(__name__, _Plan.of(pack.prefixes, query.device))
+    prefixes = pack.segments_of(query.size(0))
+    plan = pack.plans.get(__name__) or pack.plans.setdefault(__name__, _Plan.of(prefixes, query.device))
     sizes = [len(batch.segments) * batch.length for batch in plan.batches]
     if plan.rows_R is not None:
         query, key, value = (x.index_select(0, plan.rows_R) for x in (query, key, value))

@@ -19,10 +19,13 @@ def test_step() -> None:
         [sys.executable, "-m", "drpo_megatron.cli", "bench", "step", "--json"],
         capture_output=True,
         text=True,
-        check=True,
         timeout=600,
     )
+    assert done.returncode in (0, 1), done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
+    missed = [name for name, figure in report["figures"].items() if figure["holds"] is False]
+    # How fast this machine is just now is no matter of the test; that the exit code says so is.
+    assert done.returncode == bool(missed), missed
     figures = {name: figure["value"] for name, figure in report["figures"].items()}
     shares = {name: value for name, value in figures.items() if name.startswith("share_")}
     assert shares.keys() == {f"share_{verb}" for verb in ("generate", "score", "advantages", "pack", "train", "sync")}
