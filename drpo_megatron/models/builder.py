@@ -5,7 +5,6 @@ The last stage returns hidden states, not logits: the projection to the vocabula
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
@@ -54,6 +53,7 @@ def transformer_config(
     recompute: Recompute,
     spec_backend: SpecBackend,
     deterministic: bool = False,
+    accumulate_gradients: bool = False,
     router: RouterTraining | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
@@ -105,7 +105,7 @@ def transformer_config(
         # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
         perform_initialization=False,
         # Megatron-Core's output layer refuses this fusion without apex's extension, also where it never multiplies.
-        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=accumulate_gradients and layers._grad_accum_fusion_available,
         # These fusions are Transformer Engine, apex or torch.compile kernels.
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
@@ -177,14 +177,17 @@ def build_model(
     router: RouterTraining | None = None,
     device: torch.device | None = None,
     deterministic: bool = False,
+    accumulate_gradients: bool = False,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
     Matrices are uninitialised until `weights.importer.load_hf` fills them. `recompute`: "none" keeps activations,
     "selective" recomputes the core attention, "full" each layer. `router`: None trains routers by the policy's loss
     alone. `device`: None is this process's; inside `models.meta.rank_on_meta` it must be the meta device.
-    `deterministic`: Transformer Engine refuses kernels that are not; it goes with `platform.determinism.enable`. Raises
-    ValueError when the model does not divide over the layout.
+    `deterministic`: Transformer Engine refuses kernels that are not; it goes with `platform.determinism.enable`.
+    `accumulate_gradients`: linear layers add their weight's gradient to its `main_grad`, where a kernel for it exists;
+    only for a model that `training.optimizer.wrap_data_parallel` then wraps. Raises ValueError when the model does not
+    divide over the layout.
     """
     check_layout(hf, layout)
     config = transformer_config(
@@ -194,6 +197,7 @@ def build_model(
         recompute=recompute,
         spec_backend=spec_backend,
         deterministic=deterministic,
+        accumulate_gradients=accumulate_gradients,
         router=router,
     )
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))

@@ -217,13 +217,27 @@ def _redirect_collectives() -> None:
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
+class _AccumulatingProducts:
+    """Stands for apex's `fused_weight_gradient_mlp_cuda`: a weight's gradient is added where it ends, in one pass."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_TI: torch.Tensor, grad_TO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+        if input_TI.dtype == main_grad_OI.dtype:
+            main_grad_OI.addmm_(grad_TO.t(), input_TI)
+        else:
+            main_grad_OI.add_(torch.mm(grad_TO.t(), input_TI))
+
+
 def _redirect_megatron() -> None:
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # These reach into CUDA's C++ generators, past torch.cuda.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    layers.fused_weight_gradient_mlp_cuda = _AccumulatingProducts
+    layers._grad_accum_fusion_available = True
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # The original converts to numpy only what it had to move off a GPU; the dispatcher expects numpy.

@@ -67,6 +67,7 @@ class Policy:
             recompute=config.model.recompute,
             spec_backend=spec_backend(),
             deterministic=config.training.deterministic,
+            accumulate_gradients=True,
             router=router_training(config.model),
         )
         load_hf(modules, config.model.path, self.hf)
