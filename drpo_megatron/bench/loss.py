@@ -3,7 +3,8 @@
 Every ratio is measured side by side, on the same tensors in one process (one a rank), and a sample is the quotient of
 two neighbours in time; for `ratio_to_gemm` the two alternate chunk by chunk. One rank uses all cores, two ranks half of
 them each. Memory is the growth of the process's peak over what it holds with inputs and gradients in place, each way in
-a process of its own. Figures without a bound are there to be drawn (`tools/plot_loss_bench.py`).
+a process of its own. Host memory has torch's default pages; the launcher's ranks ask for huge ones. Figures without a
+bound are there to be drawn (`tools/record_bench.py`).
 
 TRL and verl are installed beside the product's packages, for this bench only (`make peers`).
 """
@@ -22,14 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drpo_megatron.bench.report import Figure
-from drpo_megatron.platform.process import HUGE_PAGES
 
 VOCABULARY, TOKENS, LONG = 151_936, 4_096, 32_768
 HIDDEN = (1_024, 4_096)
 REPETITIONS, LARGE_REPETITIONS = 3, 2
 SERIES_TOKENS = (512, 1_024, 2_048, 4_096)
 SERIES_COLUMNS = (37_984, 75_968, 113_952, 151_936)
-COMPARED = ("dense", "mcore", "trl", "verl")
+COMPARED = ("dense", "plain", "mcore", "trl", "verl")
 TAIL_TOLERANCE = 0.014
 PEERS = Path(sys.prefix) / "peers"
 
@@ -108,7 +108,7 @@ def run_worker(
         command += [f"--problem={problem}", f"--tail-tolerance={TAIL_TOLERANCE}"]
     done = subprocess.run(
         command,
-        env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": str(threads), "DRPO_PEERS": str(PEERS)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "DRPO_PEERS": str(PEERS)},
         check=True,
         stdout=subprocess.PIPE,
         text=True,

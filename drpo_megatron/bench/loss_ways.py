@@ -124,7 +124,7 @@ class Ways:
         _BareProducts(self).next_chunk()
 
     def dense(self) -> None:
-        """Whole logits and autograd in torch."""
+        """The product's own dense backend: whole logits, and one operation for log-prob and entropy."""
         logp_T, _ = project_logprobs(
             self.hidden_TH,
             self.weight_VH,
@@ -134,6 +134,13 @@ class Ways:
             vocab_size=self.vocab_size,
         )
         self._backward(logp_T)
+
+    def plain(self) -> None:
+        """torch's own operations on whole logits, and an entropy."""
+        logp_TV = F.log_softmax(F.linear(self.hidden_TH, self.weight_VH), -1)
+        with torch.no_grad():
+            (logp_TV.exp() * logp_TV).sum(-1).neg_()
+        self._backward(logp_TV.gather(1, self.targets_T[:, None]).squeeze(1))
 
     def mcore(self) -> None:
         """Megatron-Core's cross entropy, and an entropy."""

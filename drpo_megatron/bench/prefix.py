@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drpo_megatron.bench.report import Figure
+from drpo_megatron.platform.process import HUGE_PAGES
 
 if TYPE_CHECKING:
     from drpo_megatron.training.packing import TrainSequence
@@ -38,7 +39,7 @@ def measure() -> dict[str, Figure]:
         for name, dtype in DTYPES.items():
             done = subprocess.run(
                 [sys.executable, "-m", "drpo_megatron.bench.prefix", str(model), dtype, str(REPETITIONS)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": "1"},  # as the launcher's ranks
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -217,6 +217,22 @@ def _redirect_collectives() -> None:
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
+def _alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """`collective` that leaves the buffer of a single rank as it is, like NCCL: gloo copies it, up to three times."""
+    import torch.distributed as dist
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group") or dist.group.WORLD
+        # One that is asked for by itself to run on its own must answer with a handle.
+        answerless = not kwargs.get("async_op") or group in dist.distributed_c10d._world.pg_coalesce_state
+        if answerless and group.size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return call
+
+
 class _AccumulatingProducts:
     """Stands for apex's `fused_weight_gradient_mlp_cuda`: a weight's gradient is added where it ends, in one pass."""
 
@@ -229,12 +245,16 @@ class _AccumulatingProducts:
 
 
 def _redirect_megatron() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # These reach into CUDA's C++ generators, past torch.cuda.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, _alone_in_place(getattr(param_and_grad_buffer, name)))
 
     layers.fused_weight_gradient_mlp_cuda = _AccumulatingProducts
     layers._grad_accum_fusion_available = True

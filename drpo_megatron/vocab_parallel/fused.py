@@ -146,7 +146,7 @@ def fused_logprobs(
     return logp_N, entropy_N
 
 
-def _returned_weight_gradient(weight_VH: Tensor, gradient: WeightGradient) -> Tensor:
+def _returned_weight_gradient(weight_VH: Tensor, gradient: WeightGradient) -> Tensor | None:
     """What autograd gets for the weight. With `main_grad` a placeholder, which runs the hooks that Megatron's DDP
     waits for and which those do not add (megatron.core.tensor_parallel.layers does the same).
     """
@@ -154,8 +154,8 @@ def _returned_weight_gradient(weight_VH: Tensor, gradient: WeightGradient) -> Te
         return gradient.total_VH.to(weight_VH.dtype)
     weight_VH.grad_added_to_main_grad = True
     if getattr(weight_VH, "zero_out_wgrad", False):
-        # Tied to the embedding, whose gradient autograd adds to this one before the hook adds the sum.
-        return torch.zeros_like(weight_VH)
+        # Tied to the embedding on this rank, whose gradient runs the hooks and is added by them.
+        return None
     return torch.empty_like(weight_VH)
 
 

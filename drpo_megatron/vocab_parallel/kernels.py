@@ -1,4 +1,6 @@
-"""The two passes over a chunk's logits, as one interface: Triton for CUDA tensors, torch for all others and float64."""
+"""A chunk's logits and their statistics, and their gradient, as one interface: Triton for CUDA tensors, torch for all
+others and float64.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from drpo_megatron.vocab_parallel import torch_kernels
 class Kernels(Protocol):
     """See `torch_kernels` for both."""
 
-    def statistics(self, logits_CV: Tensor, targets_C: Tensor, temperature: float, *, exponentiate: bool) -> Tensor: ...
+    def project(
+        self,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        targets_C: Tensor,
+        temperature: float,
+        logits_CV: Tensor,
+        *,
+        exponentiate: bool,
+    ) -> Tensor: ...
 
     def gradient_(
         self,

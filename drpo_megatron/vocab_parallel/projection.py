@@ -27,10 +27,14 @@ class Chunk:
 
 
 class ChunkedProjection:
-    """The chunks of N tokens, and per token what the statistics of all ranks say."""
+    """The chunks of N tokens, and per token what the statistics of all ranks say.
+
+    valid_VH: the weight without padding.
+    """
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, shard: Shard, budget: int) -> None:
         self.hidden_NH, self.weight_VH, self.shard = hidden_NH, weight_VH, shard
+        self.valid_VH = weight_VH[: shard.valid]
         self.columns_N = targets_N - shard.first
         self.kernels: Kernels = kernels_for(hidden_NH)
         self.dtype = statistics_dtype(hidden_NH)
@@ -62,7 +66,9 @@ class ChunkedProjection:
         buffer_CV = self._buffer()
         for rows in self.slices:
             nothing = self.logp_N.new_empty(0)
-            yield Chunk(rows, self._logits(rows, buffer_CV), nothing, nothing, None)
+            hidden_CH = self.hidden_NH[rows]
+            logits_CV = torch.mm(hidden_CH, self.valid_VH.t(), out=buffer_CV[: len(hidden_CH)])
+            yield Chunk(rows, logits_CV, nothing, nothing, None)
 
     def check(self, mask_T: Tensor) -> None:
         """Raises when a log-prob is not finite: FloatingPointError for the network's numbers, ValueError for a target
@@ -86,15 +92,16 @@ class ChunkedProjection:
         size = min(self._size, len(self.hidden_NH))
         return self.hidden_NH.new_empty(size, self.shard.valid)
 
-    def _logits(self, rows: slice, buffer_CV: Tensor) -> Tensor:
-        hidden_CH = self.hidden_NH[rows]
-        return torch.mm(hidden_CH, self.weight_VH[: self.shard.valid].t(), out=buffer_CV[: len(hidden_CH)])
-
     def _start(self, index: int, buffer_CV: Tensor, exponentiate: bool) -> Chunk:
         rows = self.slices[index]
-        logits_CV = self._logits(rows, buffer_CV)
-        local_C4 = self.kernels.statistics(
-            logits_CV, self.columns_N[rows], self.shard.temperature, exponentiate=exponentiate
+        hidden_CH, logits_CV = self.hidden_NH[rows], buffer_CV[: rows.stop - rows.start]
+        local_C4 = self.kernels.project(
+            hidden_CH,
+            self.valid_VH,
+            self.columns_N[rows],
+            self.shard.temperature,
+            logits_CV,
+            exponentiate=exponentiate,
         )
         if self.shard.ranks == 1:
             return Chunk(rows, logits_CV, local_C4, local_C4[None], None)
@@ -127,7 +134,7 @@ class ChunkedGradients:
         self.weight = WeightGradient(work.weight_VH, main_grad_VH) if grad_weight else None
         self._sparse = None
         if tail_tolerance > 0 and grad_hidden and grad_weight:
-            self._sparse = SparseBackward(work.weight_VH[: work.shard.valid], tail_tolerance)
+            self._sparse = SparseBackward(work.valid_VH, tail_tolerance)
 
     @property
     def tail(self) -> TailReport:
@@ -135,7 +142,7 @@ class ChunkedGradients:
 
     def chunk_(self, chunk: Chunk, grad_logp_C: Tensor, grad_entropy_C: Tensor | None, *, exponentiated: bool) -> None:
         """Add one chunk's gradients; its logits are overwritten."""
-        work, rows, valid = self.work, chunk.rows, self.work.shard.valid
+        work, rows = self.work, chunk.rows
         logp_C = work.logp_N[rows]
         factor_C = work.kernels.gradient_(
             chunk.logits_CV,
@@ -148,7 +155,7 @@ class ChunkedGradients:
             grad_entropy_C=grad_entropy_C,
             temperature=work.shard.temperature,
         )
-        if valid == 0:
+        if work.shard.valid == 0:
             return
         hidden_CH = work.hidden_NH[rows]
         scaled_CH = (hidden_CH * factor_C[:, None]).to(hidden_CH.dtype)
@@ -168,5 +175,5 @@ class ChunkedGradients:
         if self.weight is not None:
             self.weight.add_product(chunk.logits_CV, scaled_CH)
         if self.grad_hidden_NH is not None:
-            product_CH = torch.mm(chunk.logits_CV, work.weight_VH[:valid])
+            product_CH = torch.mm(chunk.logits_CV, work.valid_VH)
             self.grad_hidden_NH[rows] = product_CH * factor_C[:, None]

@@ -1,9 +1,9 @@
-"""The two passes over a chunk's logits in plain torch: statistics, and logits into gradient operand, both in place.
+"""A chunk's logits with their statistics, and logits into gradient operand in place, in plain torch.
 
-A block of rows that fits the processor's cache goes through all element-wise operations before the next one, so that
-the chunk crosses the memory bus once a pass. The exponentials are computed once: `statistics` leaves E = exp(z − m) in
-place of the logits, m being the local maximum, and the soft-max is never scaled. With d = log Z − m, log Z the
-normalizer over all ranks, p = E·exp(−d), so the gradient of Σ c·logπ is
+The product is done in blocks of columns, and a block that fits a core's own cache goes through all element-wise
+operations before the next one: the statistics find the logits in a cache. The exponentials are computed once: `project`
+leaves E = exp(z − m) in place of the logits, m being near the local maximum, and the soft-max is never scaled. With
+d = log Z − m, log Z the normalizer over all ranks, p = E·exp(−d), so the gradient of Σ c·logπ is
 
     ∂/∂logit_v = −(c/τ)·exp(−d)·(E_v − 1[v = target]·exp(d))
 
@@ -24,42 +24,74 @@ from drpo_megatron.vocab_parallel.logprob import owned_targets
 CACHE_ELEMENTS = 160 * 2**10
 """Elements of a thread's share of a block of rows: in float32 640 KiB, and as much scratch, fit a core's own cache."""
 
-# exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(−40) ≈ 4e-18 each: they count
-# as that much, which float32 cannot tell from zero beside the target's 1.
-_LARGEST_SHIFT = {torch.float32: 40.0, torch.float64: 300.0}
+COLUMN_BLOCK = 8192
+"""Columns of a product whose statistics are taken before the next: the logits are then still in the shared cache."""
+
+HEADROOM = 20.0
+"""m is the maximum of the first columns until a later logit exceeds it by this much: to raise m is to scale what is
+there, and exp(20) is far from the end of the range."""
+
+# exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(HEADROOM − 48) ≈ 7e-13 each:
+# they count as that much, which float32 cannot tell from zero beside the target's 1.
+_LARGEST_SHIFT = {torch.float32: 48.0, torch.float64: 300.0}
 
 
-def statistics(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, exponentiate: bool) -> Tensor:
-    """(m, s, q, g) of z = logits / temperature, [C, 4] in at least float32, as in `logprob`. V may be 0.
+def project(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    targets_C: Tensor,
+    temperature: float,
+    logits_CV: Tensor,
+    *,
+    exponentiate: bool,
+) -> Tensor:
+    """Multiply hidden·Wᵀ into `logits_CV` and return (m, s, q, g) of z = logits / temperature, [C, 4] in at least
+    float32, as in `logprob`, with an m that no z exceeds by more than `HEADROOM`. V may be 0.
 
-    targets_C: columns of this shard; outside [0, V) another rank owns the target and g is −inf. Overwrites the logits:
-    with exp(z − m) if `exponentiate`, else with anything.
+    targets_C: columns of this shard; outside [0, V) another rank owns the target and g is −inf. `logits_CV` then holds
+    exp(z − m) if `exponentiate`, else anything.
     """
-    num_columns = logits_CV.shape[1]
-    stats_C4 = torch.empty(len(logits_CV), 4, dtype=statistics_dtype(logits_CV), device=logits_CV.device)
+    num_rows, num_columns = logits_CV.shape
+    dtype = statistics_dtype(logits_CV)
+    stats_C4 = torch.zeros(num_rows, 4, dtype=dtype, device=logits_CV.device)
     m_C, s_C, q_C, g_C = stats_C4.unbind(1)
-    if num_columns == 0:
-        m_C.fill_(torch.finfo(stats_C4.dtype).min)
-        s_C.zero_()
-        q_C.zero_()
-        g_C.fill_(-torch.inf)
-        return stats_C4
+    m_C.fill_(torch.finfo(dtype).min)
+    g_C.fill_(-torch.inf)
     owned_C, column_C = owned_targets(targets_C, num_columns)
-    dtype = stats_C4.dtype
-    scratch_BV = logits_CV.new_empty(rows_per_block(num_columns), num_columns, dtype=dtype)
-    for rows in blocks(logits_CV):
-        z_BV = logits_CV[rows].to(dtype)  # the logits themselves unless they are of lower precision
-        if temperature != 1.0:
-            z_BV.div_(temperature)
-        g_C[rows] = torch.where(owned_C[rows], z_BV.gather(1, column_C[rows, None]).squeeze(1), -torch.inf)
-        m_C[rows] = m_B = torch.amax(z_BV, 1)
-        shifted_BV = torch.sub(z_BV, m_B[:, None], out=scratch_BV[: len(z_BV)])
-        torch.exp(shifted_BV, out=z_BV)
-        s_C[rows] = z_BV.sum(1)
-        q_C[rows] = shifted_BV.mul_(z_BV).sum(1)
-        if exponentiate and z_BV.dtype != logits_CV.dtype:
-            logits_CV[rows] = z_BV
+    for start in range(0, num_columns, COLUMN_BLOCK):
+        columns = slice(start, min(start + COLUMN_BLOCK, num_columns))
+        block_CB = torch.mm(hidden_CH, weight_VH[columns].t(), out=logits_CV[:, columns])
+        here_C = owned_C & (column_C >= columns.start) & (column_C < columns.stop)
+        local_C1 = (column_C - start).clamp(0, block_CB.shape[1] - 1)[:, None]
+        g_C.copy_(torch.where(here_C, block_CB.gather(1, local_C1).squeeze(1).to(dtype) / temperature, g_C))
+        scratch_RB = logits_CV.new_empty(rows_per_block(block_CB.shape[1]), block_CB.shape[1], dtype=dtype)
+        for rows in blocks(block_CB):
+            z_RB = block_CB[rows].to(dtype)  # the logits themselves unless they are of lower precision
+            if temperature != 1.0:
+                z_RB.div_(temperature)
+            top_R = torch.amax(z_RB, 1)
+            too_low_R = top_R > m_C[rows] + HEADROOM
+            if bool(too_low_R.any()):
+                _raise_maximum_(stats_C4[rows], torch.where(too_low_R, top_R, m_C[rows]), logits_CV[rows, :start])
+            shifted_RB = torch.sub(z_RB, m_C[rows, None], out=scratch_RB[: len(z_RB)])
+            torch.exp(shifted_RB, out=z_RB)
+            s_C[rows] += z_RB.sum(1)
+            q_C[rows] += shifted_RB.mul_(z_RB).sum(1)
+            if exponentiate and z_RB.dtype != block_CB.dtype:
+                block_CB[rows] = z_RB
     return stats_C4
+
+
+def _raise_maximum_(stats_R4: Tensor, maximum_R: Tensor, exponentials_RV: Tensor) -> None:
+    """Take sums and exponentials so far relative to another m."""
+    m_R, s_R, q_R, _ = stats_R4.unbind(1)
+    shift_R = m_R - maximum_R
+    scale_R = shift_R.exp()
+    q_R.add_(torch.where(s_R > 0, s_R * shift_R, 0.0)).mul_(scale_R)
+    s_R.mul_(scale_R)
+    m_R.copy_(maximum_R)
+    if exponentials_RV.shape[1]:
+        exponentials_RV.mul_(scale_R[:, None].to(exponentials_RV.dtype))
 
 
 def gradient_(
@@ -76,7 +108,7 @@ def gradient_(
 ) -> Tensor:
     """Turn the chunk into G up to a factor a row, which is returned: G = factor_C[:, None] · logits_CV afterwards.
 
-    G is the gradient, with respect to the logits, of Σ grad_logp·logπ + grad_entropy·H. maximum_C: m of `statistics`
+    G is the gradient, with respect to the logits, of Σ grad_logp·logπ + grad_entropy·H. maximum_C: m of `project`
     if that left exponentials; None if `logits_CV` are logits again.
     """
     if maximum_C is None:

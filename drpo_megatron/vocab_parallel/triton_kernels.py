@@ -83,10 +83,24 @@ _tuned_statistics = triton.autotune(_CONFIGS, key=["num_columns"])(_statistics)
 _tuned_gradient = triton.autotune(_CONFIGS, key=["num_columns"], restore_value=["logits"])(_gradient)
 
 
-def statistics(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, exponentiate: bool) -> Tensor:
-    """(m, s, q, g), float32 [C, 4], as `torch_kernels.statistics`. The logits stay as they are either way:
-    `exponentiate` saves a pass over memory only where the gradient does not need one of its own.
+def project(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    targets_C: Tensor,
+    temperature: float,
+    logits_CV: Tensor,
+    *,
+    exponentiate: bool,
+) -> Tensor:
+    """hidden·Wᵀ into `logits_CV`, and its statistics, as `torch_kernels.project`. The logits stay as they are either
+    way: `exponentiate` saves a pass over memory only where the gradient does not need one of its own.
     """
+    torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
+    return statistics(logits_CV, targets_C, temperature)
+
+
+def statistics(logits_CV: Tensor, targets_C: Tensor, temperature: float) -> Tensor:
+    """(m, s, q, g) of z = logits / temperature, float32 [C, 4]. m is the maximum."""
     num_tokens, num_columns = logits_CV.shape
     stats_C4 = torch.empty(num_tokens, 4, dtype=torch.float32, device=logits_CV.device)
     if num_columns == 0:

@@ -50,7 +50,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "SERIES_TOKENS", (64, 128, 256))
     # Without the peers the other ways still run; the bench itself refuses.
     installed = all((loss.PEERS / name).is_dir() for name in ("trl", "verl"))
-    monkeypatch.setattr(loss, "COMPARED", loss.COMPARED if installed else ("dense", "mcore"))
+    monkeypatch.setattr(loss, "COMPARED", loss.COMPARED if installed else ("dense", "plain", "mcore"))
 
 
 @pytest.mark.usefixtures("small")
@@ -81,11 +81,11 @@ def ways_agree() -> None:
     from drpo_megatron.bench.loss_ways import Ways
 
     gradients = {}
-    for name in ("fused", "dense", "mcore"):
+    for name in ("fused", "dense", "plain", "mcore"):
         torch.manual_seed(0)
         ways = Ways.random(tokens=96, hidden=32, vocabulary=256)
         getattr(ways, name)()
         gradients[name] = (ways.hidden_TH.grad, ways.main_grad_VH)
         assert float(ways.main_grad_VH.norm()) > 0
-    for name in ("dense", "mcore"):
+    for name in ("dense", "plain", "mcore"):
         torch.testing.assert_close(gradients[name], gradients["fused"], rtol=1e-4, atol=1e-6)

@@ -31,9 +31,13 @@ for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloa
 
     exact = logits.double() / temperature
     kept = logits.clone()
-    stats = triton_kernels.statistics(kept, targets, temperature, exponentiate=True)
+    stats = triton_kernels.statistics(kept, targets, temperature)
     assert torch.equal(kept, logits)
-    expected = torch_kernels.statistics(logits.clone(), targets, temperature, exponentiate=False)
+    projected = torch.empty_like(logits)
+    same = torch.eye(columns, dtype=dtype)
+    expected = torch_kernels.project(logits, same, targets, temperature, projected, exponentiate=False)
+    triton_kernels.project(logits, same, targets, temperature, projected, exponentiate=True)
+    assert torch.equal(projected, logits)
     torch.testing.assert_close(stats, expected, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
     assert (stats[3:, 3] == -torch.inf).all()
 
@@ -63,9 +67,9 @@ for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloa
             if dtype == torch.float32:
                 torch.testing.assert_close(actual[[0, 3, 4, 5]], expected[[0, 3, 4, 5]], rtol=1e-4, atol=1e-5)
             checked += 1
-empty = triton_kernels.statistics(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), 1.0, exponentiate=True)
-torch.testing.assert_close(empty, torch_kernels.statistics(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), 1.0,
-                           exponentiate=True))
+none = torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(2, dtype=torch.int64), 1.0, torch.zeros(2, 0)
+empty, expected = (kernels.project(*none, exponentiate=True) for kernels in (triton_kernels, torch_kernels))
+torch.testing.assert_close(empty, expected)
 print("checked", checked)
 """
 

@@ -1,6 +1,6 @@
-"""Record a report of `drpo bench loss --json` under docs/results/: the JSON, a table, and a picture.
+"""Record a report of `drpo bench NAME --json` under docs/results/: the JSON, a table, and for `loss` a picture.
 
-    python tools/plot_loss_bench.py REPORT.json
+    python tools/record_bench.py REPORT.json
 
 Every number on the page comes from the report.
 """
@@ -16,11 +16,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TITLES = {
+    "loss": "The fused projection and loss",
+    "prefix": "What shared prefixes save",
+    "step": "Where the time of a step goes",
+}
 LABELS = {
     "ratio_to_gemm_tp1": "TP 1",
     "ratio_to_gemm_tp2": "TP 2",
     "ratio_to_gemm_sparse": "sparse,\nSmolLM2",
-    "speedup_vs_dense": "dense\ntorch",
+    "speedup_vs_dense": "dense\nbackend",
+    "speedup_vs_plain": "plain\ntorch",
     "speedup_vs_mcore": "Megatron-\nCore",
     "speedup_vs_trl": "TRL",
     "speedup_vs_verl": "verl",
@@ -81,28 +87,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
     report = json.loads(parser.parse_args().report.read_text().splitlines()[-1])
-    (RESULTS / "loss.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report["figures"], RESULTS / "loss.png")
-    machine = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    name, machine = report["bench"], report["machine"]
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    picture: list[str] = []
+    if name == "loss":
+        draw(report["figures"], RESULTS / "loss.png")
+        picture = ["![Ratios, speed-ups and growth](loss.png)", ""]
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     page = [
-        "# The fused projection and loss",
+        f"# {TITLES[name]}",
         "",
         f"{machine['cores']} cores, {machine['cpu']}, no GPU; Python {machine['python']}, {versions}.",
-        "Written by `tools/plot_loss_bench.py` from the report of",
+        "Written by `tools/record_bench.py` from the report of",
         "",
         "```bash",
-        "make peers",
-        ".venv/bin/drpo bench loss --json",
+        *(["make peers"] if name == "loss" else []),
+        f".venv/bin/drpo bench {name} --json",
         "```",
         "",
-        "What each figure is: the docstring of [bench/loss.py](../../drpo_megatron/bench/loss.py).",
+        f"What each figure is: the docstring of [bench/{name}.py](../../drpo_megatron/bench/{name}.py).",
         "",
-        "![Ratios, speed-ups and growth](loss.png)",
-        "",
+        *picture,
         *table(report),
     ]
-    (RESULTS / "loss.md").write_text("\n".join(page) + "\n")
+    (RESULTS / f"{name}.md").write_text("\n".join(page) + "\n")
 
 
 if __name__ == "__main__":
