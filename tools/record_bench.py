@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TITLES = {
     "loss": "The fused projection and loss",
     "prefix": "What shared prefixes save",
+    "sync": "A weight sync over a bare broadcast",
     "step": "Where the time of a step goes",
 }
 LABELS = {

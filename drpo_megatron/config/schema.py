@@ -257,8 +257,10 @@ class TrainingConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["distributed"] = "distributed"
-    """How weights reach the server: NCCL, gloo without a GPU."""
+    transport: Literal["distributed", "shared_memory", "disk"] = "distributed"
+    """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, or files."""
+    directory: Path | None = None
+    """Where the disk transport writes: a path that the server has too. Empty: in the run's directory."""
     bucket_mb: float = Field(512.0, gt=0)
     """Size of a flattened bucket, in MiB."""
     verify_every: int = Field(1, ge=0)

@@ -73,6 +73,15 @@ class ServerAdmin:
         }
         self._call("POST", "/update_weights_from_distributed", body, timeout_s)
 
+    def update_weights_from_tensor(self, *, payloads: list[str], flush_cache: bool, timeout_s: float) -> None:
+        """Load tensors that lie in memory which the server can map: one serialized list of (name, tensor) a rank."""
+        body = {"serialized_named_tensors": payloads, "flush_cache": flush_cache}
+        self._call("POST", "/update_weights_from_tensor", body, timeout_s)
+
+    def update_weights_from_disk(self, *, model_path: str, timeout_s: float) -> None:
+        """Load a Hugging Face directory. It must not stand in a weight update; it drops the prefix cache."""
+        self._call("POST", "/update_weights_from_disk", {"model_path": model_path, "flush_cache": True}, timeout_s)
+
     def set_weight_version(self, version: int, timeout_s: float) -> None:
         """Stamp tokens sampled from now on with `version`."""
         body = {"new_version": str(version), "abort_all_requests": False}

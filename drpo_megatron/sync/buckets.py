@@ -35,11 +35,16 @@ class Bucket:
     def flatten(self, device: torch.device) -> torch.Tensor:
         """The bytes of all tensors in order, uint8 [nbytes] on `device`: a copy, free of the tensors it came from."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for view, tensor in zip(self.views(flat), self.tensors, strict=True):
+            view.copy_(tensor)
+        return flat
+
+    def views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each tensor's place in `flat`, uint8 of at least nbytes, in its dtype and shape."""
         offset = 0
         for tensor in self.tensors:
-            flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            yield flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             offset += tensor.nbytes
-        return flat
 
 
 def make_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[Bucket]:

@@ -1,4 +1,4 @@
-"""What rank 0 alone holds: prompts, the rollout server and its client, the verifiers, and the weight transport."""
+"""What rank 0 alone holds: prompts, the rollout server and its client, the verifiers, and the weight sync."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from transformers import AutoTokenizer
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.data import load_prompts
-from drpo_megatron.platform import backend, device
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server import server_of
-from drpo_megatron.sync.distributed import DistributedTransport
+from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 
 log = logging.getLogger(__name__)
@@ -54,13 +53,15 @@ class Experience:
         self.resources.close()
 
     def connect(self) -> None:
-        """Wait for the server and join it in a group for weights. Raises ServerStartError when it does not come up."""
+        """Wait for the server and open the way for weights to it. Raises ServerStartError when it does not come up."""
         layout = ServerLayout.from_config(
             self.config.model.path, self.server.tensor_parallel, getattr(torch, self.config.model.dtype)
         )
         url = self.server.wait_ready()
-        self.transport = DistributedTransport(url, self.config.sync, layout, backend(), device())
-        self.transport.connect()
+        directory = self.config.run_directory / "sync"
+        self.weights = WeightSync(url, self.config.sync, layout, self.config.model.path, directory)
+        self.weights.connect()
+        self.resources.callback(self.weights.close, server_alive=False)
 
     def generate(self) -> bool:
         """Sample the groups of a step. False when the server died; the complete groups are kept for the next call.
@@ -83,7 +84,7 @@ class Experience:
 
     def restart_server(self) -> None:
         """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
-        self.transport.reconnect(self.driver.restart_server())
+        self.weights.reconnect(self.driver.restart_server())
 
     def score(self, groups: list[RolloutGroup]) -> None:
         """Set reward and reward_error of every rollout."""
@@ -95,7 +96,7 @@ class Experience:
         Raises SyncMismatch when the server then holds something else.
         """
         try:
-            report = self.transport.push(itertools.chain.from_iterable(buckets), version)
+            report = self.weights.push(itertools.chain.from_iterable(buckets), version)
         except ServerError as error:
             if self.server.alive():
                 raise

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from drpo_megatron.bench import loss, prefix
+from drpo_megatron.bench import loss, prefix, sync
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -41,6 +41,14 @@ def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     # A pack repeats nothing of a group's prompt but its last token.
     assert 3 < figures["shared_prefix_tokens_ratio"].value < 4
     assert figures["shared_prefix_speedup_fp32"].value > 1
+
+
+def test_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "REPETITIONS", 1)
+    figures = sync.measure()
+    assert figures["bytes_over_weights"].value == 1
+    assert 0 < figures["peak_extra_buckets"].value <= 2
+    assert all(figures[name].value > 0 for name in figures if name.endswith("ratio_to_broadcast"))
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_transformer_engine_logits(tmp_path: Path, family: str) -> None:
     assert (ours_TV - exact_TV).norm() <= 2 * (theirs_TV - exact_TV).norm()
 
 
-def train(tmp_path: Path, recipe: str) -> list[dict[str, Any]]:
+def train(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, Any]]:
     """Metrics of three steps of a recipe in bf16: two ranks over NCCL, a server on the third device."""
     subprocess.run(
         [
@@ -73,6 +73,7 @@ def train(tmp_path: Path, recipe: str) -> list[dict[str, Any]]:
             "model.dtype=bfloat16",
             "tracking.wandb=false",
             "training.steps=3",
+            *overrides,
         ],
         check=True,
         timeout=900,
@@ -82,9 +83,10 @@ def train(tmp_path: Path, recipe: str) -> list[dict[str, Any]]:
     return steps
 
 
-def test_quickstart_on_gpus(tmp_path: Path) -> None:
-    """NCCL, the distributed optimizer, checksums of GPU weights."""
-    steps = train(tmp_path, "quickstart")
+@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk"])
+def test_quickstart_on_gpus(tmp_path: Path, transport: str) -> None:
+    """NCCL, the distributed optimizer, checksums of GPU weights; the other ways for weights."""
+    steps = train(tmp_path, "quickstart", f"sync.transport={transport}")
     assert all(s["sync/verified_parameters"] > 0 for s in steps)
     # bf16 on both sides: a few units in the last place of a log-probability of some nats
     assert all(s["mismatch/abs_dlogp_mean"] < 0.05 for s in steps)

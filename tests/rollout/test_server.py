@@ -5,6 +5,7 @@ The tests share one server and run in the order of this file; the last one leave
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -19,18 +20,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from drpo_megatron import platform
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
 from drpo_megatron.records import Prompt
 from drpo_megatron.rollout import client
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerDied, ServerGaveUp, ServerStartError
+from drpo_megatron.rollout.errors import ServerDied, ServerGaveUp, ServerRequestError, ServerStartError
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.buckets import Bucket
-from drpo_megatron.sync.distributed import DistributedTransport
+from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
+from drpo_megatron.weights import hf_io
 from tests import tiny_models
-from tests.rollout.helpers import largest_logprob_error, make_prompts, perturb, wait_until_gone
+from tests.rollout.helpers import largest_logprob_error, make_prompts, members, perturb, wait_until_gone
 
 pytestmark = pytest.mark.server
 
@@ -44,9 +45,14 @@ EOS = 2
 class Setup:
     server: SGLangServer
     driver: RolloutDriver
-    transport: DistributedTransport
+    weights: WeightSync
+    path: Path
     model: PreTrainedModel
     config: RolloutConfig
+
+
+def sync_config(**settings: Any) -> SyncConfig:
+    return SyncConfig(bucket_mb=0.05, timeout_s=60, verify_every=1).model_copy(update=settings)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +70,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     with server:
         url = server.wait_ready()
         layout = ServerLayout.from_config(path, 1, torch.float32)
-        sync = SyncConfig(bucket_mb=0.05, timeout_s=60, verify_every=1)
-        transport = DistributedTransport(url, sync, layout, platform.backend(), platform.device())
+        weights = WeightSync(url, sync_config(), layout, path, path / "sync")
         driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
-        yield Setup(server, driver, transport, model, config)
-        transport.close(server_alive=False)
+        yield Setup(server, driver, weights, path, model, config)
+        weights.close(server_alive=False)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -101,7 +106,7 @@ def test_a_push_replaces_all_weights_and_stamps_the_version(setup: Setup) -> Non
     assert {v for g in before for r in g.rollouts for v in r.weight_versions} == {0}
     for version in (1, 2):
         perturb(setup.model, version)
-        report = setup.transport.push(setup.model.state_dict().items(), version)
+        report = setup.weights.push(setup.model.state_dict().items(), version)
         tensors = list(setup.model.state_dict().values())
         assert report.version == version and report.tensors == len(tensors)
         assert report.bytes == sum(t.nbytes for t in tensors)
@@ -136,23 +141,87 @@ def test_one_wrong_element_on_the_wire_is_found(setup: Setup, name: str, monkeyp
 
     monkeypatch.setattr(Bucket, "flatten", flip)
     with pytest.raises(SyncMismatch, match="values differ") as caught:
-        setup.transport.push(setup.model.state_dict().items(), 3)
+        setup.weights.push(setup.model.state_dict().items(), 3)
     assert name in caught.value.names and len(caught.value.names) <= 3
     monkeypatch.undo()
-    assert setup.transport.push(setup.model.state_dict().items(), 3).verified
+    assert setup.weights.push(setup.model.state_dict().items(), 3).verified
 
 
 def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
     name = "model.norm.weight"
     with pytest.raises(SyncMismatch, match="not sent") as caught:
-        setup.transport.push([(n, t) for n, t in setup.model.state_dict().items() if n != name], 4)
+        setup.weights.push([(n, t) for n, t in setup.model.state_dict().items() if n != name], 4)
     assert caught.value.names == [name]
-    setup.transport.push(setup.model.state_dict().items(), 4)
+    setup.weights.push(setup.model.state_dict().items(), 4)
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "disk"])
+@pytest.mark.parametrize("bucket_mb", [1e-6, 0.05, 64.0], ids=["one tensor a bucket", "some", "all in one"])
+def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> None:
+    """Real weights in, verified, for bucket sizes from one tensor to all; nothing is left in files or in memory."""
+    config = sync_config(transport=transport, bucket_mb=bucket_mb)
+    layout = ServerLayout.from_config(setup.path, 1, torch.float32)
+    weights = WeightSync(setup.server.url, config, layout, setup.path, setup.path / "sync")
+    tensors = setup.model.state_dict()
+    for seed in (7, 8):
+        perturb(setup.model, seed)
+        report = weights.push(tensors.items(), 4)
+        assert report.verified == 3 + 4 * 8
+        assert report.buckets == {1e-6: len(tensors), 64.0: 1}.get(bucket_mb, report.buckets)
+    assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
+    (private,) = [setup.path / "sync"] if transport == "disk" else [None]
+    if private is not None:
+        (directory,) = private.iterdir()
+        assert directory.stat().st_mode & 0o077 == 0, "weights are for this user alone"
+        assert not list(directory.iterdir())
+    weights.close()
+    assert private is None or not list(private.iterdir())
+
+
+def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer stops with what to do, and a push by another way brings the server back."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    layout = ServerLayout.from_config(setup.path, 1, torch.float32)
+    weights = WeightSync(setup.server.url, sync_config(transport="disk"), layout, setup.path, setup.path / "sync")
+    monkeypatch.setattr(hf_io, "save_file", full)
+    with pytest.raises(ServerRequestError, match=r"No space left.*sync\.directory"):
+        weights.push(setup.model.state_dict().items(), 4)
+    weights.close()
+    assert not list((setup.path / "sync").iterdir())
+    assert setup.weights.push(setup.model.state_dict().items(), 4).verified
+
+
+def test_many_pushes_hold_nothing(setup: Setup) -> None:
+    """Neither memory nor file handles grow, here and in the server."""
+    layout = ServerLayout.from_config(setup.path, 1, torch.float32)
+    weights = WeightSync(
+        setup.server.url, sync_config(transport="shared_memory", verify_every=0), layout, setup.path, setup.path
+    )
+    tensors = list(setup.model.state_dict().items())
+    pids = [os.getpid(), *members(setup.server.pid or 0)]
+
+    def held() -> tuple[int, int]:
+        files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return files, resident * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(10):
+        weights.push(tensors, 4)
+    files, memory = held()
+    for _ in range(90):
+        weights.push(tensors, 4)
+    more_files, more_memory = held()
+    assert more_files <= files + 4
+    assert more_memory < memory + 64 * 2**20
+    weights.close()
+
+
 def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, driver, transport = setup.server, setup.driver, setup.transport
+    server, driver, weights = setup.server, setup.driver, setup.weights
     asked: list[str] = []
     body = client.request_body
 
@@ -180,10 +249,10 @@ def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.Monk
     done = len(prompts) - driver.pending
     assert 7 <= done < len(prompts)
 
-    transport.reconnect(driver.restart_server())
+    weights.reconnect(driver.restart_server())
     assert server.restarts == 1 and server.pid != first_pid
     perturb(setup.model, 5)
-    assert transport.push(setup.model.state_dict().items(), 5).verified
+    assert weights.push(setup.model.state_dict().items(), 5).verified
     asked.clear()
     groups = driver.generate(prompts)
     assert asked == [p.id for p in prompts[done:]]
@@ -205,7 +274,7 @@ def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.Monk
 
     start = time.monotonic()
     with pytest.raises(ServerDied):
-        transport.push(kill_in_the_middle(), 6)
+        weights.push(kill_in_the_middle(), 6)
     assert time.monotonic() - start < 15, "a dead server must not be waited for"
     assert produced == list(setup.model.state_dict()), "ranks that produce the stream together must stay in step"
     with pytest.raises(ServerGaveUp, match="max_restarts is 1"):

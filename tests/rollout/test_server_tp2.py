@@ -20,14 +20,13 @@ pytestmark = pytest.mark.server
 
 
 def trainer(path: Path) -> None:
-    """The process that is killed: serve, push twice, generate, print what it saw, and wait."""
+    """The process that is killed: serve, push by each transport, generate, print what it saw, and wait."""
     from transformers import AutoTokenizer
 
-    from drpo_megatron import platform
     from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
     from drpo_megatron.rollout.driver import RolloutDriver
     from drpo_megatron.rollout.server import SGLangServer
-    from drpo_megatron.sync.distributed import DistributedTransport
+    from drpo_megatron.sync.push import WeightSync
     from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
 
     torch.set_num_threads(1)
@@ -42,23 +41,32 @@ def trainer(path: Path) -> None:
     model = tiny_models.write("qwen2", path / "copy")
     url = server.wait_ready()
     layout = ServerLayout.from_config(path, 2, torch.float32)
-    sync = SyncConfig(bucket_mb=0.05, timeout_s=60)
-    transport = DistributedTransport(url, sync, layout, platform.backend(), platform.device())
+    weights = WeightSync(url, SyncConfig(bucket_mb=0.05, timeout_s=60), layout, path, path / "sync")
     driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
     perturb(model, 1)
-    report = transport.push(model.named_parameters(), 1)
+    report = weights.push(model.named_parameters(), 1)
     groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
+    errors = {"distributed": largest_logprob_error(groups, model, 1.0)}
+    for version, transport in enumerate(("shared_memory", "disk"), start=2):
+        other = WeightSync(
+            url, SyncConfig(transport=transport, bucket_mb=0.05, timeout_s=60), layout, path, path / "sync"
+        )
+        perturb(model, version)
+        assert other.push(model.named_parameters(), version).verified == report.verified
+        groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
+        errors[transport] = largest_logprob_error(groups, model, 1.0)
+        other.close()
     seen = {
         "pid": server.pid,
         "verified": report.verified,
-        "error": largest_logprob_error(groups, model, 1.0),
+        "errors": errors,
         "versions": sorted({v for g in groups for r in g.rollouts for v in r.weight_versions}),
         "processes": len(members(server.pid or 0)),
         "mismatch": [],
     }
     name = "model.layers.2.self_attn.k_proj.bias"
     try:
-        transport.push([(n, t) for n, t in model.named_parameters() if n != name], 2)
+        weights.push([(n, t) for n, t in model.named_parameters() if n != name], 4)
     except SyncMismatch as error:
         seen["mismatch"] = error.names
     print("SEEN " + json.dumps(seen), flush=True)
@@ -81,7 +89,8 @@ def test_two_ranks_and_a_killed_trainer(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     seen = json.loads(line.removeprefix("SEEN "))
-    assert seen["error"] < 1e-4 and seen["versions"] == [1]
+    assert seen["errors"].keys() == {"distributed", "shared_memory", "disk"} and seen["versions"] == [3]
+    assert max(seen["errors"].values()) < 1e-4
     # embeddings and last norm; a layer has 2 norms, 4 projections and the bias of the first
     assert seen["verified"] == 2 + 4 * 7
     layer = "model.layers.2.self_attn."

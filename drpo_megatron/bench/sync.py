@@ -1,0 +1,185 @@
+"""A weight sync against a bare broadcast of the same bytes.
+
+SmolLM2's real weights go to a real SGLang server by each transport, and over the same backend from this process to
+another one that only receives, in buckets of the same sizes. The ways alternate; a sample is the quotient of two
+neighbours in time. Checksums are compared in the first push of each transport and not in those that are timed. Memory
+is the growth of this process's peak over a push, in buckets. Trainer and server have a core each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drpo_megatron.bench.report import Figure
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET_MB = 64.0
+REPETITIONS = 5
+TIMEOUT_S = 300.0
+TRANSPORTS = ("distributed", "shared_memory", "disk")
+RECIPE = "smollm2_135m"
+
+
+def measure() -> dict[str, Figure]:
+    """Raises ServerError when the server does not start or take the weights."""
+    import torch
+
+    from drpo_megatron.config.schema import ServerConfig
+    from drpo_megatron.models.recipes import ensure_model
+    from drpo_megatron.rollout.server import SGLangServer
+    from drpo_megatron.sync.verify import ServerLayout
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        model = ensure_model(RECIPE, directory / "model")
+        with SGLangServer(ServerConfig(threads=1), model, "float32", 0, directory / "server.log") as server:
+            url = server.wait_ready()
+            layout = ServerLayout.from_config(model, 1, torch.float32)
+            return _figures(_samples(url, layout, model, directory))
+
+
+def _figures(samples: dict[str, list[float]]) -> dict[str, Figure]:
+    bare = samples["bare"]
+
+    def over_bare(name: str) -> list[float]:
+        return [seconds / broadcast for seconds, broadcast in zip(samples[name], bare, strict=True)]
+
+    return {
+        "ratio_to_broadcast": Figure.of(over_bare("distributed"), "<= 1.15"),
+        "bytes_over_weights": Figure.of(samples["bytes"], "<= 1"),
+        "peak_extra_buckets": Figure.of(samples["distributed_peak"], "<= 2"),
+        **{f"{name}_ratio_to_broadcast": Figure.of(over_bare(name)) for name in TRANSPORTS[1:]},
+        **{f"{name}_peak_extra_buckets": Figure.of(samples[f"{name}_peak"]) for name in TRANSPORTS[1:]},
+    }
+
+
+def _samples(url: str, layout: object, model: Path, directory: Path) -> dict[str, list[float]]:
+    from safetensors.torch import load_file
+
+    from drpo_megatron.config.schema import SyncConfig
+    from drpo_megatron.sync.buckets import make_buckets
+    from drpo_megatron.sync.push import WeightSync
+
+    tensors = [item for file in sorted(model.glob("*.safetensors")) for item in load_file(file).items()]
+    bucket_bytes = int(BUCKET_MB * 2**20)
+    sizes = [bucket.nbytes for bucket in make_buckets(tensors, bucket_bytes)]
+    ways = {
+        name: WeightSync(
+            url,
+            SyncConfig(transport=name, bucket_mb=BUCKET_MB, verify_every=0, timeout_s=TIMEOUT_S),
+            layout,  # type: ignore[arg-type]
+            model,
+            directory / "sync",
+        )
+        for name in TRANSPORTS
+    }
+    samples: dict[str, list[float]] = {key: [] for key in ("bare", "bytes", *TRANSPORTS)}
+    samples |= {f"{name}_peak": [] for name in TRANSPORTS}
+    whole = sum(tensor.nbytes for _, tensor in tensors)
+    with _Receiver(directory / "store", sizes) as receiver:
+        for way in ways.values():
+            way.push(tensors, 0)
+        receiver.broadcast(tensors, bucket_bytes)
+        for _ in range(REPETITIONS):
+            start = time.perf_counter()
+            receiver.broadcast(tensors, bucket_bytes)
+            samples["bare"].append(time.perf_counter() - start)
+            for name, way in ways.items():
+                before = _reset_peak()
+                start = time.perf_counter()
+                report = way.push(tensors, 1)
+                samples[name].append(time.perf_counter() - start)
+                samples[f"{name}_peak"].append((_peak() - before) / max(sizes))
+                if name == "distributed":
+                    samples["bytes"].append(report.bytes / whole)
+        for way in ways.values():
+            way.close()
+    return samples
+
+
+class _Receiver:
+    """Another process that receives what this one broadcasts."""
+
+    def __init__(self, store: Path, sizes: Sequence[int]) -> None:
+        self._store, self._sizes = store, sizes
+
+    def __enter__(self) -> _Receiver:
+        command = [sys.executable, "-m", "drpo_megatron.bench.sync", str(self._store), json.dumps(self._sizes)]
+        self._process = subprocess.Popen([*command, str(REPETITIONS + 1)])
+        _join(self._store, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+        self._process.terminate()
+        self._process.wait()
+
+    def broadcast(self, tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> None:
+        """Each bucket flattened and sent while the next is flattened, as a push does."""
+        import torch
+        import torch.distributed as dist
+
+        from drpo_megatron.sync.buckets import make_buckets
+
+        in_flight = None
+        for bucket in make_buckets(tensors, bucket_bytes):
+            flat = bucket.flatten(torch.device("cpu"))
+            if in_flight is not None:
+                in_flight[0].wait()
+            in_flight = dist.broadcast(flat, src=0, async_op=True), flat
+        assert in_flight is not None
+        in_flight[0].wait()
+        dist.barrier()  # the other one has it all
+
+
+def _join(store: Path, rank: int) -> None:
+    import torch.distributed as dist
+
+    from drpo_megatron.platform import backend
+
+    dist.init_process_group(backend(), store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+
+
+def _receive(store: Path, sizes: list[int], rounds: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    _join(store, 1)
+    flats = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    for _ in range(rounds):
+        for flat in flats:
+            dist.broadcast(flat, src=0)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def _reset_peak() -> int:
+    """Resident bytes of this process now, from which its peak is counted again (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    _receive(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))

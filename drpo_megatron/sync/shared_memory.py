@@ -1,0 +1,91 @@
+"""Weights through host memory that trainer and server both map, for a server on the trainer's host.
+
+Buckets alternate between two buffers that live as long as the connection: one is filled while the server loads the
+other. Only names, shapes and the handle of a buffer go through HTTP.
+
+Copies to and from a device have not been run: see docs/gpu-checklist.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+import torch.multiprocessing
+
+from drpo_megatron.rollout.admin import ServerAdmin
+from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.transport import Deadline, weight_update
+
+
+class SharedMemoryTransport:
+    """Implements `Transport`. `ranks`: the server's tensor-parallel size."""
+
+    def __init__(self, admin: ServerAdmin, ranks: int) -> None:
+        self._admin = admin
+        self._ranks = ranks
+        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._requests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
+
+    def connect(self) -> None:
+        pass
+
+    def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
+        with weight_update(self._admin, deadline):
+            loading: Future[None] | None = None
+            for index, bucket in enumerate(buckets):
+                views = self._fill(index % 2, bucket)
+                if loading is not None:
+                    loading.result()
+                loading = self._requests.submit(
+                    self._admin.update_weights_from_tensor,
+                    # A serialized tensor is counted as one user of the memory: one for each rank that will open it.
+                    payloads=[serialize(views) for _ in range(self._ranks)],
+                    # the first bucket drops the cache of the former weights: nothing runs until the push is complete
+                    flush_cache=index == 0,
+                    timeout_s=deadline.left(),
+                )
+            if loading is not None:
+                loading.result()
+
+    def close(self, *, server_alive: bool) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._requests.shutdown(wait=False)
+
+    def _fill(self, index: int, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
+        """The bucket's tensors, by name, in the buffer."""
+        if self._buffers[index].nbytes < bucket.nbytes:
+            self._buffers[index] = _shared(bucket.nbytes)
+        views = list(bucket.views(self._buffers[index]))
+        for view, tensor in zip(views, bucket.tensors, strict=True):
+            view.copy_(tensor)
+        return list(zip(bucket.names, views, strict=True))
+
+
+def serialize(named_tensors: list[tuple[str, torch.Tensor]]) -> str:
+    """Handles of the tensors' memory as SGLang reads them (`sglang.srt.utils.MultiprocessingSerializer`), in base64."""
+    buffer = io.BytesIO()
+    with _named_files():
+        ForkingPickler(buffer).dump(named_tensors)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shared(nbytes: int) -> torch.Tensor:
+    with _named_files():
+        return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+
+
+@contextlib.contextmanager
+def _named_files() -> Iterator[None]:
+    """Shared memory by name. By default torch hands on file descriptors, which only a child or a socket can take."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
