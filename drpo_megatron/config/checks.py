@@ -39,7 +39,7 @@ def check_config(config: RunConfig) -> None:
 
 def notes(config: RunConfig) -> list[str]:
     """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
-    return [*_boundary_note(config), *_budget_note(config)]
+    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config)]
 
 
 def _budget_note(config: RunConfig) -> Iterator[str]:
@@ -49,6 +49,15 @@ def _budget_note(config: RunConfig) -> Iterator[str]:
         yield (
             f"training.tokens_per_micro_batch is {budget}, and a sequence may have data.max_prompt_tokens + "
             f"rollout.sampling.max_new_tokens = {longest} tokens: a longer one is a micro-batch above the budget"
+        )
+
+
+def _sharing_note(config: RunConfig) -> Iterator[str]:
+    context = config.layout.context
+    if config.training.shared_prefix == "auto" and context > 1:
+        yield (
+            f"training.shared_prefix is auto and parallel.context is {context}: a prefix is not split over "
+            "context-parallel ranks, so every response is computed with its own copy of the prompt"
         )
 
 

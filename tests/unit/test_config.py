@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from drpo_megatron.config import ConfigError, check_config, dump_config, field_help, load_config, setting_reference
+from drpo_megatron.config import (
+    ConfigError,
+    check_config,
+    dump_config,
+    field_help,
+    load_config,
+    notes,
+    setting_reference,
+)
 from drpo_megatron.config.model_files import read_safetensors_header
 
 MINIMAL: dict[str, Any] = {
@@ -42,6 +50,23 @@ def problems_of(path: Path, *overrides: str, check: bool = False) -> str:
             check_config(config)
     assert all(problem and "\n" not in problem for problem in caught.value.problems)
     return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["algorithm.loss_args.delta=12.5"], "stay within 1 ± 0.08"),
+        (["training.tokens_per_micro_batch=8", "data.max_prompt_tokens=10"], "= 16 tokens"),
+        (["parallel.context=2"], "its own copy of the prompt"),
+        (["parallel.context=2", "training.shared_prefix=never"], None),
+        ([], None),
+    ],
+)
+def test_notes(config_file: Path, overrides: list[str], says: str | None) -> None:
+    """Each of the three settings that may not do what they look like, and nothing about others."""
+    found = notes(load_config(config_file, overrides))
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
 
 
 def test_overrides_win_create_sections_and_round_trip(config_file: Path, tmp_path: Path) -> None:

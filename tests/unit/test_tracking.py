@@ -96,11 +96,9 @@ def test_wandb_offline_writes_into_the_run(no_wandb_key: Path, tmp_path: Path, m
         pytest.fail(f"a name was looked up: {args}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    start = time.monotonic()
     with Tracker(run_config(tmp_path, wandb=True, tensorboard=False)) as tracker:
         for step in range(2):
             tracker.log(step, METRICS)
-    assert time.monotonic() - start < 30
     runs = list((tmp_path / "test" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1 and b"reward/mean" in runs[0].read_bytes()
 
