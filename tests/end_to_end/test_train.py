@@ -104,7 +104,12 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["launcher-ctrl-c", "launcher-killed"])
 def test_nothing_is_left_running(tmp_path: Path, victim: str) -> None:
     with subprocess.Popen(
-        command(tmp_path, "training.steps=1000"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(tmp_path, "training.steps=1000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As in a terminal: a background job of a shell ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
         family = psutil.Process(process.pid).children(recursive=True)
