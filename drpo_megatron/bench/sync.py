@@ -8,6 +8,7 @@ is the growth of this process's peak over a push, in buckets. Trainer and server
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from drpo_megatron.bench.report import Figure
 
 if TYPE_CHECKING:
     import torch
+
+    from drpo_megatron.sync.verify import ServerLayout
 
 BUCKET_MB = 64.0
 REPETITIONS = 5
@@ -63,7 +66,7 @@ def _figures(samples: dict[str, list[float]]) -> dict[str, Figure]:
     }
 
 
-def _samples(url: str, layout: object, model: Path, directory: Path) -> dict[str, list[float]]:
+def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> dict[str, list[float]]:
     from safetensors.torch import load_file
 
     from drpo_megatron.config.schema import SyncConfig
@@ -77,7 +80,7 @@ def _samples(url: str, layout: object, model: Path, directory: Path) -> dict[str
         name: WeightSync(
             url,
             SyncConfig(transport=name, bucket_mb=BUCKET_MB, verify_every=0, timeout_s=TIMEOUT_S),
-            layout,  # type: ignore[arg-type]
+            layout,
             model,
             directory / "sync",
         )
@@ -167,7 +170,9 @@ def _receive(store: Path, sizes: list[int], rounds: int) -> None:
 
 
 def _reset_peak() -> int:
-    """Resident bytes of this process now, from which its peak is counted again (Linux)."""
+    """Resident bytes of this process now, from which its peak is counted again (Linux, glibc)."""
+    # Memory that was freed and kept by the allocator would take in a push without growth.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

@@ -5,6 +5,8 @@ Each push writes a Hugging Face directory, asks the server to load it, and remov
 
 from __future__ import annotations
 
+import itertools
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from drpo_megatron.sync.buckets import Bucket
 from drpo_megatron.sync.transport import Deadline
 from drpo_megatron.weights.hf_io import SafetensorsWriter
 
+log = logging.getLogger(__name__)
+
 
 class DiskTransport:
     """Implements `Transport`. `directory`: a path that trainer and server both have. `source`: the model's Hugging Face
@@ -30,6 +34,7 @@ class DiskTransport:
         self._source = source
         self._shard_bytes = shard_bytes
         self._private: Path | None = None
+        self._numbers = itertools.count()
 
     def connect(self) -> None:
         """Raises ServerRequestError when the directory cannot be made."""
@@ -42,16 +47,16 @@ class DiskTransport:
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
         if self._private is None:
             raise RuntimeError("connect() before send()")
-        model = self._private / "model"
+        model = self._private / f"model-{next(self._numbers)}"
         try:
             self._write(model, buckets)
             self._admin.update_weights_from_disk(model_path=str(model), timeout_s=deadline.left())
         finally:
-            shutil.rmtree(model, ignore_errors=True)
+            _remove(model)
 
     def close(self, *, server_alive: bool) -> None:
         if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
+            _remove(self._private)
             self._private = None
 
     def _write(self, model: Path, buckets: Iterator[Bucket]) -> None:
@@ -60,12 +65,17 @@ class DiskTransport:
             for bucket in buckets:
                 writer.add(list(zip(bucket.names, bucket.tensors, strict=True)))
             writer.commit()
-        except (OSError, SafetensorError) as error:
+        except BaseException as error:
             writer.abort()
+            if not isinstance(error, OSError | SafetensorError):
+                raise
             raise ServerRequestError(
                 f"the weights could not be written to {self._directory}: {error}; "
                 "make room, or set sync.directory to another path that the server has"
             ) from error
-        except BaseException:
-            writer.abort()
-            raise
+
+
+def _remove(directory: Path) -> None:
+    """What cannot be removed is said and stays: a network file system keeps files that the server has open."""
+    if directory.exists():
+        shutil.rmtree(directory, onexc=lambda _, path, error: log.warning("%s is left behind: %s", path, error))

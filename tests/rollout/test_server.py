@@ -206,6 +206,7 @@ def test_many_pushes_hold_nothing(setup: Setup) -> None:
 
     def held() -> tuple[int, int]:
         files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        files += len(list(Path("/dev/shm").glob("torch_*")))
         resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         return files, resident * os.sysconf("SC_PAGE_SIZE")
 
@@ -216,7 +217,8 @@ def test_many_pushes_hold_nothing(setup: Setup) -> None:
         weights.push(tensors, 4)
     more_files, more_memory = held()
     assert more_files <= files + 4
-    assert more_memory < memory + 64 * 2**20
+    # Half of what 90 pushes would hold that kept their weights on one side.
+    assert more_memory < memory + 45 * sum(tensor.nbytes for _, tensor in tensors)
     weights.close()
 
 

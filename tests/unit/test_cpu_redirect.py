@@ -41,11 +41,14 @@ assert layers.fused_weight_gradient_mlp_cuda is _AccumulatingProducts
 from megatron.core.distributed import param_and_grad_buffer as buffers
 buffer, group = torch.arange(6.0), dist.group.WORLD
 calls = []
-gloo = dist.distributed_c10d.all_gather_single
-def counted(*args, **kwargs):
-    calls.append(args)
-    return gloo(*args, **kwargs)
-dist.distributed_c10d.all_gather_single = counted
+def counted(function):
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+    return call
+c10d = dist.distributed_c10d
+c10d.all_gather_single = counted(c10d.all_gather_single)
+c10d.reduce_scatter_single = counted(c10d.reduce_scatter_single)
 for function in (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func):
     assert function(buffer, buffer, group=group, async_op=False) is None
     with _coalescing_manager(group, async_ops=True) as pending:
@@ -53,11 +56,13 @@ for function in (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func)
     pending.wait()
 assert not calls and torch.equal(buffer, torch.arange(6.0))
 # Another buffer is filled, and who asks for a handle gets one.
-elsewhere = torch.zeros(6)
-buffers.dist_all_gather_func(elsewhere, buffer, group=group, async_op=False)
-assert torch.equal(elsewhere, buffer)
-buffers.dist_all_gather_func(buffer, buffer, group=group, async_op=True).wait()
-assert len(calls) == 2 and torch.equal(buffer, elsewhere)
+for function in (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func):
+    calls.clear()
+    elsewhere = torch.zeros(6)
+    function(elsewhere, buffer, group=group, async_op=False)
+    assert torch.equal(elsewhere, buffer)
+    function(buffer, buffer, group=group, async_op=True).wait()
+    assert len(calls) == 2 and torch.equal(buffer, elsewhere)
 distributed.shutdown()
 """
 
