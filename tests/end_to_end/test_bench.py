@@ -47,7 +47,8 @@ def test_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync, "REPETITIONS", 1)
     figures = sync.measure()
     assert figures["bytes_over_weights"].value == 1
-    assert 0 < figures["peak_extra_buckets"].value <= 2
+    # A bucket is on the wire: less would mean that memory is not counted.
+    assert figures["peak_extra_buckets"].value >= 1
     assert all(figures[name].value > 0 for name in figures if name.endswith("ratio_to_broadcast"))
 
 
