@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drpo_megatron.config.functions import import_function
-from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
+from drpo_megatron.config.layout_checks import (
+    determinism_problems,
+    overlap_problems,
+    placement_notes,
+    placement_problems,
+    server_problems,
+)
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
@@ -26,6 +32,7 @@ def check_config(config: RunConfig) -> None:
         *_parallel(config),
         *overlap_problems(config),
         *determinism_problems(config),
+        *placement_problems(config),
         *_batch(config),
         *_algorithm(config),
         *_data(config),
@@ -39,7 +46,7 @@ def check_config(config: RunConfig) -> None:
 
 def notes(config: RunConfig) -> list[str]:
     """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
-    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config)]
+    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config), *placement_notes(config)]
 
 
 def _budget_note(config: RunConfig) -> Iterator[str]:

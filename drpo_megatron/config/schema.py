@@ -121,7 +121,8 @@ class ServerConfig(Section):
     threads: int = Field(1, gt=0)
     """CPU threads of the server's model process, where it runs on CPU."""
     devices: list[int] | None = None
-    """CUDA devices of the server. null: the ones behind the trainer's. Without a GPU it has no effect."""
+    """CUDA devices of the server. null: the ones behind the trainer's, or with rollout.placement colocated the
+    trainer's first ones. Without a GPU it has no effect."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Seconds until the server must answer /health_generate."""
     max_restarts: int = Field(3, ge=0)
@@ -142,6 +143,10 @@ class RolloutConfig(Section):
     """Seconds for one request."""
     request_retries: int = Field(3, ge=0)
     """Retries of a request that failed while the server lives."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """Where the server runs: on devices of its own, or on the trainer's, which trainer and server then hold in turns.
+    colocated: the trainer waits in host memory while the server generates, and the server gives up its KV cache and
+    weights while the trainer trains."""
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
 
 

@@ -256,6 +256,18 @@ def _redirect_megatron() -> None:
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, _alone_in_place(getattr(param_and_grad_buffer, name)))
 
+    buffer = param_and_grad_buffer._ParamAndGradBuffer
+    offload = buffer.offload_to_cpu
+
+    @functools.wraps(offload)
+    def offload_to_cpu(self: Any, move_params: bool = True, move_grads: bool = True) -> None:
+        # Without a copy from before, the original's is `param_data.cpu()`: here the tensor that it then empties.
+        if move_params and self.param_data is not None and self.param_data_cpu is None:
+            self.param_data_cpu = torch.empty_like(self.param_data)
+        offload(self, move_params, move_grads)
+
+    buffer.offload_to_cpu = offload_to_cpu
+
     layers.fused_weight_gradient_mlp_cuda = _AccumulatingProducts
     layers._grad_accum_fusion_available = True
 

@@ -42,23 +42,31 @@ def sglang_default_args() -> dict[str, Any]:
 
 
 def sglang_launch_command(
-    args: Sequence[str], *, tensor_parallel: int, threads: int, devices: Sequence[int] | None
+    args: Sequence[str],
+    *,
+    tensor_parallel: int,
+    threads: int,
+    devices: Sequence[int] | None,
+    colocated: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a server with the command line `args`.
 
     With CUDA it is SGLang's own launcher on `devices`, by default the `tensor_parallel` devices behind those of this
-    node's training ranks. Without, it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel rank.
+    node's training ranks; `colocated`: the first ones of those ranks, with SGLang's memory saver, which lets it give
+    device memory back. Without CUDA it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel rank, and
+    `colocated` changes nothing.
     """
     # a rendezvous in the server must not take part in the trainer's
     env = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES and not k.startswith("TORCHELASTIC_")}
     if platform.has_cuda():
         if devices is None:
-            first = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+            first = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
             devices = range(first, first + tensor_parallel)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[d] if names else str(d) for d in devices)
-        return [sys.executable, "-m", "sglang.launch_server", *args], env
+        saver = ["--enable-memory-saver"] if colocated else []
+        return [sys.executable, "-m", "sglang.launch_server", *args, *saver], env
     env["OMP_NUM_THREADS"] = str(threads)
     env["SGLANG_USE_CPU_ENGINE"] = "1"
     if tensor_parallel > 1:

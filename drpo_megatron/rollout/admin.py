@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import requests
 
 from drpo_megatron.rollout.errors import ServerDied, ServerRequestError
+
+MemoryTag = Literal["kv_cache", "weights"]
 
 
 class ServerAdmin:
@@ -81,6 +84,19 @@ class ServerAdmin:
     def update_weights_from_disk(self, *, model_path: str, timeout_s: float) -> None:
         """Load a Hugging Face directory. It must not stand in a weight update; it drops the prefix cache."""
         self._call("POST", "/update_weights_from_disk", {"model_path": model_path, "flush_cache": True}, timeout_s)
+
+    def release_memory(self, tags: Sequence[MemoryTag], timeout_s: float) -> None:
+        """Give back the device memory of `tags` and forget what it holds; released KV takes the prefix cache along.
+
+        Nothing may run: a paused server may have requests that wait, any other must be idle, or its scheduler ends.
+        """
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)}, timeout_s)
+
+    def resume_memory(self, tags: Sequence[MemoryTag], timeout_s: float) -> None:
+        """Take back what `release_memory` gave: with other tags the scheduler ends. Weights are undefined until a
+        push.
+        """
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
 
     def set_weight_version(self, version: int, timeout_s: float) -> None:
         """Stamp tokens sampled from now on with `version`."""

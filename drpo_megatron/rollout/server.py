@@ -27,6 +27,7 @@ _RESERVED = {
     "tp_size": "rollout.server.tensor_parallel",
     "weight_version": "nothing, the trainer counts the versions",
     "enable_return_routed_experts": "nothing, it is on for a mixture of experts",
+    "enable_memory_saver": "rollout.placement to colocated, which turns it on",
 }
 _LOG_TAIL_LINES = 25
 _POLL_S = 0.2
@@ -40,7 +41,8 @@ class SGLangServer:
     Start it from a thread that lives as long as the run, such as the main thread. `model_path` is a Hugging Face
     directory, `dtype` the name of SGLang's dtype, `log_path` collects the output of the server and its restarts.
     `routed_experts`: keep the experts of every token for the answers that ask for them; a mixture of experts only.
-    Raises ServerStartError for arguments that the installed SGLang does not have.
+    `colocated`: on the trainer's devices, whose memory it can give back. Raises ServerStartError for arguments that the
+    installed SGLang does not have.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class SGLangServer:
         log_path: Path,
         *,
         routed_experts: bool = False,
+        colocated: bool = False,
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
+        self._colocated = colocated
         self._log_path = log_path
         self._arguments: dict[str, Any] = sglang_default_args() | config.args
         self._arguments |= {
@@ -94,6 +98,7 @@ class SGLangServer:
             tensor_parallel=self._config.tensor_parallel,
             threads=self._config.threads,
             devices=self._config.devices,
+            colocated=self._colocated,
         )
 
     def start(self) -> None:
@@ -206,6 +211,7 @@ def server_of(config: RunConfig) -> SGLangServer:
         config.seed,
         log_path,
         routed_experts=RoutedExpertsFormat.load(config.model.path) is not None,
+        colocated=config.rollout.placement == "colocated",
     )
 
 

@@ -70,18 +70,20 @@ class WeightSync:
         self._admin = ServerAdmin(url)
         self.connect()
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
+    def push(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, stay_paused: bool = False
+    ) -> SyncReport:
         """Replace all weights of the server by a stream of full Hugging Face tensors and name them `version`.
 
         Running requests, if any, wait and go on with the new weights. Tensors must not change before the push returns.
         Checksums are compared after the first push and then after every `verify_every`th, before the server generates
         again. Raises ServerDied, ServerRequestError or SyncMismatch; the server then stays paused, with weights that
         must not be used, until it is restarted or a later push succeeds. The stream is consumed to its end either way,
-        because other ranks may take part in producing it.
+        because other ranks may take part in producing it. `stay_paused`: do not let the server generate afterwards.
         """
         stream = iter(named_tensors)
         try:
-            return self._push(stream, version)
+            return self._push(stream, version, stay_paused)
         except ServerError:
             for _ in stream:
                 pass
@@ -101,7 +103,7 @@ class WeightSync:
             return DiskTransport(self._admin, self._directory, self._source, self._bucket_bytes)
         return DistributedTransport(self._admin, ranks, backend(), device(), config.timeout_s)
 
-    def _push(self, stream: Iterator[tuple[str, torch.Tensor]], version: int) -> SyncReport:
+    def _push(self, stream: Iterator[tuple[str, torch.Tensor]], version: int, stay_paused: bool) -> SyncReport:
         if self._transport is None:
             self.connect()
         assert self._transport is not None
@@ -117,7 +119,8 @@ class WeightSync:
         self._transport.send(sent.pass_on(itertools.chain([first], buckets)), deadline)
         verified = expected.verify(self._admin.weight_checksums(deadline.left())) if expected else 0
         self._admin.set_weight_version(version, deadline.left())
-        self._admin.continue_generation(deadline.left())
+        if not stay_paused:
+            self._admin.continue_generation(deadline.left())
         self._pushes += 1
         return SyncReport(version, sent.tensors, sent.buckets, sent.nbytes, time.monotonic() - start, verified)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -16,14 +17,18 @@ from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.data import load_prompts
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
+from drpo_megatron.rollout.admin import MemoryTag
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
+from drpo_megatron.rollout.memory import ServerMemory
 from drpo_megatron.rollout.server import server_of
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 
 log = logging.getLogger(__name__)
+
+_DEATH_GRACE_S = 2.0
 
 
 class Experience:
@@ -34,6 +39,7 @@ class Experience:
         self._prompts: list[Prompt] = []
         self._groups: list[RolloutGroup] = []
         self.sync_metrics: Metrics = {}
+        self._server_memory = ServerMemory(config.sync.timeout_s)
 
     def __enter__(self) -> Self:
         config = self.config
@@ -84,7 +90,41 @@ class Experience:
 
     def restart_server(self) -> None:
         """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
-        self.weights.reconnect(self.driver.restart_server())
+        url = self.driver.restart_server()
+        self._server_memory.restarted()
+        self.weights.reconnect(url)
+
+    def release_server_memory(self, *tags: MemoryTag) -> None:
+        """Let the server give back device memory; it stops generating until it has all of it again."""
+        self._unless_dead(lambda: self._server_memory.release(self.server.url, *tags))
+
+    def resume_server_weights(self) -> None:
+        """Memory for the server's weights, which are undefined until the next push."""
+        self._unless_dead(lambda: self._server_memory.resume(self.server.url, "weights"))
+
+    def resume_server_cache(self) -> None:
+        """The server has all its memory and generates. Raises RuntimeError when no push brought its weights back."""
+        if "weights" in self._server_memory.released:
+            raise RuntimeError("the server gave its weights up and no sync followed: sync() before generate()")
+        self._unless_dead(lambda: self._server_memory.resume(self.server.url, "kv_cache"))
+
+    def _unless_dead(self, request: Callable[[], None]) -> None:
+        """A dead server holds no memory, and who wants to use it next finds it dead."""
+        try:
+            request()
+        except ServerError as error:
+            if not self._server_died():
+                raise
+            log.warning("the rollout server died: %s", error)
+
+    def _server_died(self) -> bool:
+        """A connection breaks before the end of its process can be seen."""
+        deadline = time.monotonic() + _DEATH_GRACE_S
+        while alive := self.server.alive():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return not alive
 
     def score(self, groups: list[RolloutGroup]) -> None:
         """Set reward and reward_error of every rollout."""
@@ -96,9 +136,11 @@ class Experience:
         Raises SyncMismatch when the server then holds something else.
         """
         try:
-            report = self.weights.push(itertools.chain.from_iterable(buckets), version)
+            report = self.weights.push(
+                itertools.chain.from_iterable(buckets), version, stay_paused=bool(self._server_memory.released)
+            )
         except ServerError as error:
-            if self.server.alive():
+            if not self._server_died():
                 raise
             log.warning("the rollout server died before weight version %d arrived: %s", version, error)
             return False

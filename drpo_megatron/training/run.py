@@ -18,6 +18,7 @@ from drpo_megatron.records import RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, train_sequences
+from drpo_megatron.training.placement import placement_of
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
@@ -49,13 +50,11 @@ class Run:
         with contextlib.ExitStack() as started:
             self.experience: Experience | None = None
             if dist.get_rank() == 0:
-                # The server loads its weights while the policy is built: both take seconds to minutes.
                 self.experience = started.enter_context(Experience(self.config))
                 self.tracker = started.enter_context(Tracker(self.config))
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
-            self.policy = Policy(self.config)
-            if self.experience:
-                self.experience.connect()
+            self.placement = placement_of(self.config, self.experience)
+            self.policy = self.placement.start(lambda: Policy(self.config))
             dist.barrier(control_group())
             self.resources = started.pop_all()
         return self
@@ -74,8 +73,10 @@ class Run:
         missing.
         """
         with self.timer("generate"):
+            self.placement.for_generation()
             while not from_rank_0(self.experience.generate() if self.experience else None):
                 self._replace_server()
+                self.placement.for_generation()
         return self.experience.take_groups() if self.experience else []
 
     def score(self, groups: list[RolloutGroup]) -> None:
@@ -108,6 +109,7 @@ class Run:
     def train(self, sequences: list[TrainSequence]) -> UpdateResult:
         """One optimizer update."""
         with self.timer("train"):
+            self.placement.for_training()
             result = self.policy.update(sequences, self.version)
         self.version += result.applied
         return result
@@ -120,6 +122,7 @@ class Run:
 
     def _push_weights(self) -> bool:
         """False when the server died, and so does not have them."""
+        self.placement.for_sync()
         buckets = iter_hf_tensors(
             self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
         )
@@ -134,6 +137,7 @@ class Run:
     def _replace_server(self) -> None:
         """Restart the dead server and bring it to this version. Raises ServerGaveUp when its restarts are used up."""
         while True:
+            self.placement.for_restart()
             if self.experience:
                 self.experience.restart_server()
             if self._push_weights():
@@ -163,5 +167,6 @@ class Run:
     def finish(self) -> None:
         """Write the trained model as a Hugging Face directory beside the run's metrics."""
         if self.config.training.export:
+            self.placement.for_training()
             out = self.config.run_directory / "hf"
             save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path)
