@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from drpo_megatron.platform.sglang import feed_forward_multiple
@@ -179,7 +180,8 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
     if tensor.is_cuda:
         return f"{_cuda_tensor_hash()(tensor):016x}"
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).digest()[:8].hex()
+    # not data.numpy(): torch would never again let the storage be freed, as a colocated trainer does with its weights
+    return hashlib.sha256(memoryview(np.from_dlpack(data))).digest()[:8].hex()
 
 
 @functools.cache

@@ -59,11 +59,12 @@ def problems_of(path: Path, *overrides: str, check: bool = False) -> str:
         (["training.tokens_per_micro_batch=8", "data.max_prompt_tokens=10"], "= 16 tokens"),
         (["parallel.context=2"], "its own copy of the prompt"),
         (["parallel.context=2", "training.shared_prefix=never"], None),
+        (["rollout.placement=colocated"], "there is no GPU: trainer and server take turns"),
         ([], None),
     ],
 )
 def test_notes(config_file: Path, overrides: list[str], says: str | None) -> None:
-    """Each of the three settings that may not do what they look like, and nothing about others."""
+    """Each of the four settings that may not do what they look like, and nothing about others."""
     found = notes(load_config(config_file, overrides))
     assert len(found) == (says is not None)
     assert says is None or says in found[0]

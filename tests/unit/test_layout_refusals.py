@@ -14,6 +14,7 @@ import pytest
 
 from drpo_megatron import cli
 from drpo_megatron.config import check_config, load_config
+from drpo_megatron.config.layout_checks import placement_problems
 from tests import tiny_models
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -337,6 +338,51 @@ def test_refused(
     for word in refusal.words:
         assert word in message, message
     assert not runs.exists()
+
+
+NCCL = "drpo_megatron.config.layout_checks.backend"
+COLOCATED = "rollout.placement=colocated parallel.tensor=2 "
+
+
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "environment", "words"),
+    [
+        (False, "rollout.server.tensor_parallel=4", {}, ("4 ranks of the server", "2 devices of the trainer")),
+        (False, "rollout.server.devices=[2]", {}, ("[2] are not among the trainer's 0 to 1",)),
+        (False, "rollout.server.args.weight_cache_mode=daemon", {}, ("weight_cache_mode", "remove it")),
+        (True, "sync.transport=distributed", {}, ("refuses two ranks on one device", "shared_memory")),
+        (
+            True,
+            "sync.transport=disk",
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", "take expandable_segments out"),
+        ),
+        (True, "sync.transport=shared_memory rollout.server.devices=[1]", {}, ()),
+        (False, "rollout.server.tensor_parallel=2 sync.transport=distributed", {}, ()),
+    ],
+)
+def test_colocated(
+    gpu: bool,
+    overrides: str,
+    environment: dict[str, str],
+    words: tuple[str, ...],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a server on the trainer's devices cannot do; with no words it can."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(NCCL, lambda: "nccl" if gpu else "gloo")
+    settings = base(models / "qwen3", tmp_path / "runs")
+    config = load_config(QUICKSTART, [*settings, *COLOCATED.split(), *overrides.split()])
+    problems = "\n".join(placement_problems(config))
+    assert bool(problems) == bool(words), problems
+    assert all(word in problems for word in words), problems
+    apart = load_config(QUICKSTART, [*settings, "parallel.tensor=2", *overrides.split()])
+    assert not list(placement_problems(apart))
 
 
 LEGAL = [

@@ -124,6 +124,14 @@ def test_the_server_dtype_counts() -> None:
     assert expect(hf, 1, torch.bfloat16).verify(reported) == 9
 
 
+def test_checksummed_memory_can_still_be_freed() -> None:
+    """numpy's view of a tensor would fix its storage for good."""
+    weight = torch.randn(8, 4)
+    tensor_checksum(weight)
+    weight.untyped_storage().resize_(0)
+    assert weight.untyped_storage().nbytes() == 0
+
+
 def test_experts_are_stacked() -> None:
     prefix = LAYER + "mlp.experts."
     shapes = {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN)}
