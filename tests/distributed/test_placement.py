@@ -65,7 +65,7 @@ def addresses(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def move_between_updates(
-    model_path: str, parallel: dict[str, Any], sequences: list[TrainSequence]
+    model_path: str, parallel: dict[str, Any], sequences: list[TrainSequence], cases: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """For each case: the weights after updates with everything moved out and back between them, and without."""
     from megatron.core.optimizer import MegatronOptimizer
@@ -78,7 +78,7 @@ def move_between_updates(
     offload = MegatronOptimizer.offload_to_cpu
     MegatronOptimizer.offload_to_cpu = lambda self: (calls.append(self), offload(self))[1]
     reports: dict[str, dict[str, Any]] = {}
-    for name, settings in CASES.items():
+    for name, settings in cases.items():
         plain = policy_of(model_path, parallel, settings)
         for version in range(UPDATES):
             plain.update(sequences, version)
@@ -90,7 +90,7 @@ def move_between_updates(
         accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]
         before = addresses(parameters), device_bytes(policy)
         calls.clear()
-        emptied, synced = [], []
+        emptied, synced, left = [], [], 0
         for version in range(UPDATES):
             policy.update(sequences, version)
             # The turns of a step: sync, generate, train.
@@ -100,10 +100,10 @@ def move_between_updates(
             memory.to_host()
             memory.to_host()
             emptied.append((during_sync, device_bytes(policy)))
+            left = max(left, sum(t.untyped_storage().nbytes() for t in optimizer_tensors(memory) if t.is_cuda))
             memory.to_device()
             memory.to_device()
         after = weights_of(policy)
-        state = [t for part in memory._owning + memory._sharing for t in _tensors(part)]
         reports[name] = {
             "expected": expected,
             "after": after,
@@ -116,14 +116,19 @@ def move_between_updates(
                 p.expand_as(p).grad_fn.next_functions[0][0] is a for p, a in zip(parameters, accumulators, strict=True)
             ),
             "megatron": len(calls),
-            "state": sum(t.numel() for t in state),
+            "left on a GPU": left,
+            "state": len(optimizer_tensors(memory)) - len(parameters),
         }
     distributed.shutdown()
     return reports
 
 
-def _tensors(part: Any) -> list[torch.Tensor]:
-    return [t for values in part.optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+def optimizer_tensors(memory: Any) -> list[torch.Tensor]:
+    """Main weights, or the model's own where the optimizer has no others, and the optimizer's state."""
+    parts = [part for part in memory._owning + memory._sharing if part.param_groups]
+    state = [t for part in parts for values in part.optimizer.state.values() for t in values.values()]
+    main = [p for part in parts for group in part.param_groups for p in group["params"]]
+    return main + [t for t in state if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize(
@@ -134,14 +139,14 @@ def _tensors(part: Any) -> list[torch.Tensor]:
 def test_moving_out_and_back_changes_nothing(tmp_path: Path, family: str, parallel: dict[str, Any]) -> None:
     write(family, tmp_path / family)
     reports = run_ranks(
-        2, move_between_updates, str(tmp_path / family), parallel, make_sequences(VOCAB_SIZE), timeout_s=600
+        2, move_between_updates, str(tmp_path / family), parallel, make_sequences(VOCAB_SIZE), CASES, timeout_s=600
     )
     for report in reports:
         for case, found in report.items():
             weights, gradients = found["before"]
             assert weights > 0 and gradients > 0, case
             assert found["emptied"] == [((weights, 0), (0, 0))] * UPDATES, case
-            assert found["moved"] and found["state"] > 0, case
+            assert found["moved"] and found["state"] > 0 and found["left on a GPU"] == 0, case
             for name, weight in found["expected"].items():
                 assert torch.equal(found["after"][name], weight), (case, name)
                 assert torch.equal(found["last sync"][name], weight), (case, name)
