@@ -261,6 +261,8 @@ class SyncConfig(Section):
     """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, or files."""
     directory: Path | None = None
     """Where the disk transport writes: a path that the server has too. Empty: in the run's directory."""
+    address: str = "127.0.0.1"
+    """Address at which the servers reach the trainer's rank 0, for the distributed transport."""
     bucket_mb: float = Field(512.0, gt=0)
     """Size of a flattened bucket, in MiB."""
     verify_every: int = Field(1, ge=0)

@@ -17,7 +17,7 @@ from drpo_megatron.data import load_prompts
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerDied, ServerError
+from drpo_megatron.rollout.errors import ServerDied, ServerError, ServersFailed
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server import server_of
 from drpo_megatron.sync.push import WeightSync
@@ -59,9 +59,9 @@ class Experience:
         )
         url = self.server.wait_ready()
         directory = self.config.run_directory / "sync"
-        self.weights = WeightSync(url, self.config.sync, layout, self.config.model.path, directory)
-        self.weights.connect()
-        self.resources.callback(self.weights.close, server_alive=False)
+        self.weights = WeightSync(self.config.sync, layout, self.config.model.path, directory)
+        self.weights.connect([url])
+        self.resources.callback(self.weights.close, servers_alive=False)
 
     def generate(self) -> bool:
         """Sample the groups of a step. False when the server died; the complete groups are kept for the next call.
@@ -84,7 +84,7 @@ class Experience:
 
     def restart_server(self) -> None:
         """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
-        self.weights.reconnect(self.driver.restart_server())
+        self.weights.connect([self.driver.restart_server()])
 
     def score(self, groups: list[RolloutGroup]) -> None:
         """Set reward and reward_error of every rollout."""
@@ -98,7 +98,7 @@ class Experience:
         try:
             report = self.weights.push(itertools.chain.from_iterable(buckets), version)
         except ServerError as error:
-            if self.server.alive():
+            if self.server.alive() and not isinstance(error, ServersFailed):
                 raise
             log.warning("the rollout server died before weight version %d arrived: %s", version, error)
             return False

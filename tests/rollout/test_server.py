@@ -24,7 +24,7 @@ from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerCon
 from drpo_megatron.records import Prompt
 from drpo_megatron.rollout import client
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerDied, ServerGaveUp, ServerRequestError, ServerStartError
+from drpo_megatron.rollout.errors import ServerDied, ServerGaveUp, ServerRequestError, ServersFailed, ServerStartError
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.buckets import Bucket
 from drpo_megatron.sync.push import WeightSync
@@ -70,10 +70,11 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     with server:
         url = server.wait_ready()
         layout = ServerLayout.from_config(path, 1, torch.float32)
-        weights = WeightSync(url, sync_config(), layout, path, path / "sync")
+        weights = WeightSync(sync_config(), layout, path, path / "sync")
+        weights.connect([url])
         driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
         yield Setup(server, driver, weights, path, model, config)
-        weights.close(server_alive=False)
+        weights.close(servers_alive=False)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -142,6 +143,7 @@ def test_one_wrong_element_on_the_wire_is_found(setup: Setup, name: str, monkeyp
     monkeypatch.setattr(Bucket, "flatten", flip)
     with pytest.raises(SyncMismatch, match="values differ") as caught:
         setup.weights.push(setup.model.state_dict().items(), 3)
+    setup.weights.connect([setup.server.url])
     assert name in caught.value.names and len(caught.value.names) <= 3
     monkeypatch.undo()
     assert setup.weights.push(setup.model.state_dict().items(), 3).verified
@@ -152,6 +154,7 @@ def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
     with pytest.raises(SyncMismatch, match="not sent") as caught:
         setup.weights.push([(n, t) for n, t in setup.model.state_dict().items() if n != name], 4)
     assert caught.value.names == [name]
+    setup.weights.connect([setup.server.url])
     setup.weights.push(setup.model.state_dict().items(), 4)
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
 
@@ -162,7 +165,8 @@ def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> Non
     """Real weights in, verified, for bucket sizes from one tensor to all; nothing is left in files or in memory."""
     config = sync_config(transport=transport, bucket_mb=bucket_mb)
     layout = ServerLayout.from_config(setup.path, 1, torch.float32)
-    weights = WeightSync(setup.server.url, config, layout, setup.path, setup.path / "sync")
+    weights = WeightSync(config, layout, setup.path, setup.path / "sync")
+    weights.connect([setup.server.url])
     tensors = setup.model.state_dict()
     for seed in (7, 8):
         perturb(setup.model, seed)
@@ -186,7 +190,8 @@ def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     layout = ServerLayout.from_config(setup.path, 1, torch.float32)
-    weights = WeightSync(setup.server.url, sync_config(transport="disk"), layout, setup.path, setup.path / "sync")
+    weights = WeightSync(sync_config(transport="disk"), layout, setup.path, setup.path / "sync")
+    weights.connect([setup.server.url])
     monkeypatch.setattr(hf_io, "save_file", full)
     with pytest.raises(ServerRequestError, match=r"No space left.*sync\.directory"):
         weights.push(setup.model.state_dict().items(), 4)
@@ -198,9 +203,8 @@ def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
 def test_many_pushes_hold_nothing(setup: Setup) -> None:
     """Neither memory nor file handles grow, here and in the server."""
     layout = ServerLayout.from_config(setup.path, 1, torch.float32)
-    weights = WeightSync(
-        setup.server.url, sync_config(transport="shared_memory", verify_every=0), layout, setup.path, setup.path
-    )
+    weights = WeightSync(sync_config(transport="shared_memory", verify_every=0), layout, setup.path, setup.path)
+    weights.connect([setup.server.url])
     tensors = list(setup.model.state_dict().items())
     pids = [os.getpid(), *members(setup.server.pid or 0)]
 
@@ -251,7 +255,7 @@ def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.Monk
     done = len(prompts) - driver.pending
     assert 7 <= done < len(prompts)
 
-    weights.reconnect(driver.restart_server())
+    weights.connect([driver.restart_server()])
     assert server.restarts == 1 and server.pid != first_pid
     perturb(setup.model, 5)
     assert weights.push(setup.model.state_dict().items(), 5).verified
@@ -275,8 +279,9 @@ def test_death_in_a_rollout_and_in_a_sync(setup: Setup, monkeypatch: pytest.Monk
             yield item
 
     start = time.monotonic()
-    with pytest.raises(ServerDied):
+    with pytest.raises(ServersFailed) as caught:
         weights.push(kill_in_the_middle(), 6)
+    assert list(caught.value.reasons) == [server.url]
     assert time.monotonic() - start < 15, "a dead server must not be waited for"
     assert produced == list(setup.model.state_dict()), "ranks that produce the stream together must stay in step"
     with pytest.raises(ServerGaveUp, match="max_restarts is 1"):
