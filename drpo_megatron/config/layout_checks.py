@@ -51,10 +51,11 @@ def server_problems(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
     """The rollout server's devices and context, and the model's widths over its ranks."""
     server = config.rollout.server
     ranks, devices = server.tensor_parallel, server.devices
-    if devices is not None and (len(devices) != ranks or len(set(devices)) != len(devices)):
+    if devices is not None and (len(devices) != server.count * ranks or len(set(devices)) != len(devices)):
+        servers = f" and rollout.server.count = {server.count}" if server.count > 1 else ""
         yield (
             f"rollout.server.devices: {devices} are {len(set(devices))} different devices for "
-            f"rollout.server.tensor_parallel = {ranks}; name one a rank"
+            f"rollout.server.tensor_parallel = {ranks}{servers}; name one a rank"
         )
     context = server.args.get("context_length")
     prompt, response = config.data.max_prompt_tokens, config.rollout.sampling.max_new_tokens

@@ -27,6 +27,10 @@ class ServerAdmin:
     def continue_generation(self, timeout_s: float) -> None:
         self._call("POST", "/continue_generation", {}, timeout_s)
 
+    def abort_all(self, timeout_s: float) -> None:
+        """End every request; each is answered with the tokens it has, and finish reason `abort`."""
+        self._call("POST", "/abort_request", {"abort_all": True}, timeout_s)
+
     def begin_weight_update(self, timeout_s: float) -> None:
         self._call("POST", "/begin_weight_update", {"selector": "all"}, timeout_s)
 

@@ -35,3 +35,11 @@ class ServersFailed(ServerError):
     def __init__(self, reasons: Mapping[str, str]) -> None:
         self.reasons = dict(reasons)
         super().__init__("; ".join(f"{url}: {reason}" for url, reason in self.reasons.items()))
+
+
+class OldWeights(ServerError):
+    """A server sampled with weights that were replaced before it was asked."""
+
+
+class Stopped(Exception):
+    """Sampling was told to stop: no error, what was sampled is kept."""

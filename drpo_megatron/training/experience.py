@@ -1,4 +1,4 @@
-"""What rank 0 alone holds: prompts, the rollout server and its client, the verifiers, and the weight sync."""
+"""What rank 0 alone holds: prompts, the rollout servers, the producer of groups, the verifiers, and the weight sync."""
 
 from __future__ import annotations
 
@@ -12,38 +12,59 @@ from typing import Self
 import torch
 from transformers import AutoTokenizer
 
+from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.data import load_prompts
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
-from drpo_megatron.rollout.driver import RolloutDriver
+from drpo_megatron.rollout.admin import ServerAdmin
+from drpo_megatron.rollout.client import RolloutClient
+from drpo_megatron.rollout.driver import decode
 from drpo_megatron.rollout.errors import ServerDied, ServerError, ServersFailed
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
-from drpo_megatron.rollout.server import server_of
+from drpo_megatron.rollout.fleet import fleet_of
+from drpo_megatron.rollout.producer import RolloutProducer, Sampler
+from drpo_megatron.rollout.sampler import GroupSampler
+from drpo_megatron.rollout.turns import FunctionSampler
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 
 log = logging.getLogger(__name__)
 
+_ABORT_S = 30.0
+
 
 class Experience:
-    """Context manager: entering starts the server and the verifiers without waiting for them; leaving stops both."""
+    """Context manager: entering starts the servers and the verifiers without waiting for them; leaving stops both."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._prompts: list[Prompt] = []
         self._groups: list[RolloutGroup] = []
         self.sync_metrics: Metrics = {}
 
     def __enter__(self) -> Self:
         config = self.config
         with contextlib.ExitStack() as started:
-            self.server = started.enter_context(server_of(config))
+            self.fleet = started.enter_context(fleet_of(config))
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
-            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            self.source = load_prompts(config.data, tokenizer, config.seed)
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
             experts = RoutedExpertsFormat.load(config.model.path)
-            self.driver = RolloutDriver(config.rollout, self.server, tokenizer, experts)
+            self.producer = RolloutProducer(
+                config.rollout,
+                config.training.updates_per_batch,
+                load_prompts(config.data, self.tokenizer, config.seed),
+                client=lambda: RolloutClient(self.fleet, config.rollout, experts),
+                sampler=self._sampler,
+                finish=self._finish,
+                abort=self._abort,
+            )
+            started.enter_context(self.producer)
+            layout = ServerLayout.from_config(
+                config.model.path, config.rollout.server.tensor_parallel, getattr(torch, config.model.dtype)
+            )
+            directory = config.run_directory / "sync"
+            self.weights = WeightSync(config.sync, layout, config.model.path, directory, self.fleet.api_key)
+            started.callback(self.weights.close, servers_alive=False)
             self.resources = started.pop_all()
         return self
 
@@ -53,28 +74,19 @@ class Experience:
         self.resources.close()
 
     def connect(self) -> None:
-        """Wait for the server and open the way for weights to it. Raises ServerStartError when it does not come up."""
-        layout = ServerLayout.from_config(
-            self.config.model.path, self.server.tensor_parallel, getattr(torch, self.config.model.dtype)
-        )
-        url = self.server.wait_ready()
-        directory = self.config.run_directory / "sync"
-        self.weights = WeightSync(self.config.sync, layout, self.config.model.path, directory)
-        self.weights.connect([url])
-        self.resources.callback(self.weights.close, servers_alive=False)
+        """Wait for the servers. Raises ServerStartError when one does not come up."""
+        self.fleet.wait_all()
 
     def generate(self) -> bool:
-        """Sample the groups of a step. False when the server died; the complete groups are kept for the next call.
+        """Wait for the groups of a step, sampled and scored. False when no server is left; nothing is lost then.
 
-        Raises GenerationError when a living server keeps failing.
+        Raises GenerationError when living servers keep failing.
         """
-        self._prompts = self._prompts or self.source.next(self.config.rollout.prompts_per_step)
         try:
-            self._groups = self.driver.generate(self._prompts)
+            self._groups = self.producer.take()
         except ServerDied as death:
-            log.warning("the rollout server died, %d groups are missing: %s", self.driver.pending, death)
+            log.warning("generation waits for a server: %s", death)
             return False
-        self._prompts = []
         return True
 
     def take_groups(self) -> list[RolloutGroup]:
@@ -82,31 +94,60 @@ class Experience:
         groups, self._groups = self._groups, []
         return groups
 
-    def restart_server(self) -> None:
-        """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
-        self.weights.connect([self.driver.restart_server()])
-
-    def score(self, groups: list[RolloutGroup]) -> None:
-        """Set reward and reward_error of every rollout."""
-        self.rewards.score([rollout for group in groups for rollout in group.rollouts])
+    def before_sync(self) -> None:
+        """Wait until the weights may change, as the schedule wants it."""
+        try:
+            self.producer.before_sync()
+        except ServerDied as death:
+            log.warning("what was in flight begins again after the sync: %s", death)
 
     def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> bool:
-        """Send the stream of full tensors to the server. False when the server died; the stream is used up either way.
+        """Send the stream of full tensors to the servers that are up; wait for one if none is. False when one of them
+        died meanwhile; the stream is used up either way.
 
-        Raises SyncMismatch when the server then holds something else.
+        Raises SyncMismatch when a server then holds something else, ServerGaveUp when no server is left for good.
         """
+        stream = itertools.chain.from_iterable(buckets)
         try:
-            report = self.weights.push(itertools.chain.from_iterable(buckets), version)
+            with self.fleet.paused():
+                self.fleet.wait_any()
+                urls = self.fleet.up()
+                self.weights.connect(urls)
+                report = self.weights.push(stream, version)
         except ServerError as error:
-            if self.server.alive() and not isinstance(error, ServersFailed):
+            for _ in stream:
+                pass
+            if not isinstance(error, ServersFailed):
                 raise
-            log.warning("the rollout server died before weight version %d arrived: %s", version, error)
+            log.warning("weight version %d did not arrive: %s", version, error)
+            self.fleet.report(error.reasons)
             return False
+        self.fleet.admit(urls, version)
+        self.producer.synced(version)
         self.sync_metrics = {
             "sync/bytes": float(report.bytes),
             "sync/seconds": report.seconds,
             "sync/buckets": float(report.buckets),
             "sync/verified_parameters": float(report.verified),
-            "sync/server_restarts": float(self.server.restarts),
+            "sync/server_restarts": float(self.fleet.restarts),
+            "sync/servers": float(len(urls)),
         }
         return True
+
+    def _sampler(self, prompt: Prompt) -> Sampler:
+        rollout = self.config.rollout
+        if rollout.function is not None:
+            function = import_function(rollout.function)
+            return FunctionSampler(prompt, rollout.samples_per_prompt, rollout.sampling, function, self.tokenizer)
+        return GroupSampler(prompt, rollout.samples_per_prompt, rollout.sampling)
+
+    async def _finish(self, group: RolloutGroup) -> None:
+        decode([group], self.tokenizer)
+        await self.rewards.score_async(group.rollouts)
+
+    def _abort(self) -> None:
+        for url in self.fleet.serving_urls():
+            try:
+                ServerAdmin(url, self.fleet.api_key).abort_all(_ABORT_S)
+            except ServerError as error:
+                log.warning("%s did not end its requests: %s", url, error)

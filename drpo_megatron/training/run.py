@@ -70,19 +70,13 @@ class Run:
         self.timer.reset()
 
     def generate(self) -> list[RolloutGroup]:
-        """The groups of this step. When the server dies it is restarted, gets the weights, and makes what is
-        missing.
+        """The groups of this step, sampled and scored. When no server is left, those that come back get the weights and
+        make what is missing.
         """
         with self.timer("generate"):
             while not from_rank_0(self.experience.generate() if self.experience else None):
-                self._replace_server()
+                self._push_weights()
         return self.experience.take_groups() if self.experience else []
-
-    def score(self, groups: list[RolloutGroup]) -> None:
-        """Set the reward of every rollout."""
-        with self.timer("score"):
-            if self.experience:
-                self.experience.score(groups)
 
     def advantages(self, groups: list[RolloutGroup]) -> None:
         """Set the advantage of every rollout from the rewards of its group."""
@@ -113,30 +107,25 @@ class Run:
         return result
 
     def sync(self) -> None:
-        """Bring the server's weights to this version, and verify them."""
+        """Bring the servers' weights to this version, and verify them."""
         with self.timer("sync"):
-            if not self._push_weights():
-                self._replace_server()
-
-    def _push_weights(self) -> bool:
-        """False when the server died, and so does not have them."""
-        buckets = iter_hf_tensors(
-            self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
-        )
-        pushed = False
-        if self.experience:
-            pushed = self.experience.push_weights(buckets, self.version)
-        else:
-            for _ in buckets:  # this rank's part in gathering each bucket
-                pass
-        return bool(from_rank_0(pushed))
-
-    def _replace_server(self) -> None:
-        """Restart the dead server and bring it to this version. Raises ServerGaveUp when its restarts are used up."""
-        while True:
             if self.experience:
-                self.experience.restart_server()
-            if self._push_weights():
+                self.experience.before_sync()
+            self._push_weights()
+
+    def _push_weights(self) -> None:
+        """Raises ServerGaveUp when all servers' restarts are used up: every attempt that fails uses one."""
+        while True:
+            buckets = iter_hf_tensors(
+                self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
+            )
+            pushed = False
+            if self.experience:
+                pushed = self.experience.push_weights(buckets, self.version)
+            else:
+                for _ in buckets:  # this rank's part in gathering each bucket
+                    pass
+            if from_rank_0(pushed):
                 return
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
@@ -151,7 +140,7 @@ class Run:
             groups,
             gathered,
             verb_seconds=self.timer.seconds(),
-            sync=self.experience.sync_metrics,
+            sync=self.experience.sync_metrics | self.experience.producer.metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny_models
-from tests.rollout.helpers import largest_logprob_error, make_prompts, members, perturb, wait_until_gone
+from tests.rollout.helpers import OneServer, largest_logprob_error, make_prompts, members, perturb, wait_until_gone
 
 pytestmark = pytest.mark.server
 
@@ -43,7 +43,7 @@ def trainer(path: Path) -> None:
     layout = ServerLayout.from_config(path, 2, torch.float32)
     weights = WeightSync(SyncConfig(bucket_mb=0.05, timeout_s=60), layout, path, path / "sync")
     weights.connect([url])
-    driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
+    driver = RolloutDriver(config, OneServer(server), AutoTokenizer.from_pretrained(path))
     perturb(model, 1)
     report = weights.push(model.named_parameters(), 1)
     groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
