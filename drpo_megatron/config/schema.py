@@ -161,7 +161,7 @@ class RolloutConfig(Section):
     the schedule needs, 0 or one step's updates; asynchronous must set it."""
     over_sampling: float = Field(1.0, ge=1)
     """Groups that are sampled for a step, over those it takes: it takes the first that are done, the others are aborted
-    and go on in the next step, with the tokens they have as far as `max_staleness` allows. Not for asynchronous."""
+    and go on in the next step, which waits for them, with the tokens they have as far as `max_staleness` allows."""
     dynamic_sampling: bool = False
     """Replace groups whose samples all have the same reward: they have no advantage, and so no gradient."""
     dynamic_sampling_limit: float = Field(4.0, ge=1)

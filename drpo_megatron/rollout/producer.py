@@ -43,11 +43,14 @@ class Sampler(Protocol):
 
 @dataclass
 class Ticket:
-    """One group from its prompt to its reward. number: the prompt's in the stream. begun: `synced` when it began."""
+    """One group from its prompt to its reward. number: the prompt's in the stream. begun: `synced` when it began. cut:
+    a step did not wait for it; the next one does, or slow groups would never be trained.
+    """
 
     number: int
     sampler: Sampler
     begun: int = 0
+    cut: bool = False
     group: RolloutGroup | None = None
 
 
@@ -192,8 +195,8 @@ class RolloutProducer:
     def _ready(self) -> list[Ticket] | None:
         """The batch, once it is complete: first the groups that must not become older, then those that are done."""
         size = self._config.prompts_per_step
-        due: list[Ticket] = []
         begun = sorted([*self._done, *self._running.values()], key=lambda t: t.number)
+        due = [t for t in begun if t.cut][:size]
         if self._config.schedule == "asynchronous":
             due = [t for t in begun if t.begun <= self._ahead.taken - self._ahead.steps][:size]
         elif self._config.schedule == "one_step_off":
@@ -281,6 +284,8 @@ class RolloutProducer:
         cut = list(self._running)
         if not cut:
             return
+        for task in cut:
+            self._running[task].cut = True
         self._client.stopped = True
         await asyncio.to_thread(self._abort)
         await asyncio.wait(cut, timeout=_ABORT_S)

@@ -121,7 +121,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         yield made
         weights.close(servers_alive=False)
         pids = [m.server.pid for m in fleet._members]
-    assert not [left for pid in pids if pid for left in members(pid)]
+    assert not [left for pid in pids if pid for left in wait_until_gone(pid, 10)]
     del os.environ[KEY_VARIABLE]
 
 
