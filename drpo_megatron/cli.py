@@ -87,20 +87,20 @@ def _prepare(config: RunConfig) -> None:
 
 def _train(parsed: argparse.Namespace) -> int:
     from drpo_megatron.rollout.errors import ServerStartError
-    from drpo_megatron.rollout.server import server_of
+    from drpo_megatron.rollout.fleet import fleet_of
     from launch import local
 
     config = load_config(parsed.config, parsed.overrides)
     _prepare(config)
     try:
-        server_command, _ = server_of(config).command(config.rollout.server.port or 0)
+        commands = fleet_of(config).commands()
     except ServerStartError as error:
         raise ConfigError([f"rollout.server: {error}"]) from error
     for note in notes(config):
         print(f"note: {note}")
     if parsed.dry_run:
         print(dump_config(config))
-        print(local.describe(config, config.layout, server_command))
+        print(local.describe(config, config.layout, commands))
         return 0
     moved = local.prepare_run_directory(config)
     if moved:

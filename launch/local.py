@@ -105,7 +105,7 @@ def coordinates(layout: ParallelLayout, rank: int) -> dict[str, int]:
     return at
 
 
-def describe(config: RunConfig, layout: ParallelLayout, server_command: list[str]) -> str:
+def describe(config: RunConfig, layout: ParallelLayout, server_commands: list[list[str]]) -> str:
     """The process layout and the command lines of a run, for `drpo train --dry-run`."""
     lines = [f"ranks: {layout.world_size} (tensor × pipeline × context × data)"]
     for rank in range(layout.world_size):
@@ -113,5 +113,6 @@ def describe(config: RunConfig, layout: ParallelLayout, server_command: list[str
         lines.append(f"  rank {rank}: " + ", ".join(f"{axis} {index}" for axis, index in at.items()))
     environment = " ".join(f"{k}={v}" for k, v in training_environment(config).items())
     lines += ["trainer:", f"  {environment} {shlex.join(training_command(config, layout))}"]
-    lines += ["rollout server (started by rank 0):", f"  {shlex.join(server_command)}"]
+    lines += ["rollout servers (started by rank 0):", *(f"  {shlex.join(command)}" for command in server_commands)]
+    lines += [f"rollout server (started elsewhere): {url}" for url in config.rollout.server.addresses]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ def main(out: Path) -> None:
     from drpo_megatron.data import load_prompts
     from drpo_megatron.models.recipes import ensure_model
     from drpo_megatron.rollout.driver import RolloutDriver
-    from drpo_megatron.rollout.server import server_of
+    from drpo_megatron.rollout.fleet import fleet_of
 
     with tempfile.TemporaryDirectory() as directory:
         # The prompts without the instruction to be brief, so that the responses are sentences.
@@ -33,9 +33,10 @@ def main(out: Path) -> None:
         assert config.model.recipe is not None
         path = ensure_model(config.model.recipe, config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        with server_of(config) as server:
-            server.wait_ready()
-            driver = RolloutDriver(config.rollout, server, tokenizer)
+        with fleet_of(config) as fleet:
+            fleet.wait_all()
+            fleet.admit(fleet.up(), version=0)
+            driver = RolloutDriver(config.rollout, fleet, tokenizer)
             groups = driver.generate(load_prompts(config.data, tokenizer, config.seed).next(PROMPTS))
 
     rollouts = [rollout for group in groups for rollout in group.rollouts]

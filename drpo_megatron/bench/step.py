@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STEPS, WARM_UP = 12, 2
 REPETITIONS = 9
 SEQUENCES, LENGTH = 16, 128
-VERBS = ("generate", "score", "advantages", "pack", "train", "sync")
+VERBS = ("generate", "advantages", "pack", "train", "sync")
 
 
 def measure() -> dict[str, Figure]:

@@ -78,7 +78,6 @@ def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> di
     sizes = [bucket.nbytes for bucket in make_buckets(tensors, bucket_bytes)]
     ways = {
         name: WeightSync(
-            url,
             SyncConfig(transport=name, bucket_mb=BUCKET_MB, verify_every=0, timeout_s=TIMEOUT_S),
             layout,
             model,
@@ -91,6 +90,7 @@ def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> di
     whole = sum(tensor.nbytes for _, tensor in tensors)
     with _Receiver(directory / "store", sizes) as receiver:
         for way in ways.values():
+            way.connect([url])
             way.push(tensors, 0)
         receiver.broadcast(tensors, bucket_bytes)
         for _ in range(REPETITIONS):

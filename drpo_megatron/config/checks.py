@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drpo_megatron.config.functions import import_function
-from drpo_megatron.config.layout_checks import (
-    determinism_problems,
-    overlap_problems,
-    placement_notes,
-    placement_problems,
-    server_problems,
-)
+from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
+from drpo_megatron.config.rollout_checks import placement_notes, rollout_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
 
 if TYPE_CHECKING:
@@ -32,12 +26,11 @@ def check_config(config: RunConfig) -> None:
         *_parallel(config),
         *overlap_problems(config),
         *determinism_problems(config),
-        *placement_problems(config),
         *_batch(config),
         *_algorithm(config),
         *_data(config),
         *_reward(config),
-        *_server_port(config),
+        *rollout_problems(config),
         *_model(config),
     ]
     if problems:
@@ -163,19 +156,6 @@ def _reward(config: RunConfig) -> Iterator[str]:
                 yield f"reward.extract: {reward.extract!r} has no group; put the answer's part in parentheses"
         except re.error as error:
             yield f"reward.extract: {reward.extract!r} is not a regular expression ({error}); correct it"
-
-
-def _server_port(config: RunConfig) -> Iterator[str]:
-    server = config.rollout.server
-    if server.port is None:
-        return
-    with socket.socket() as s:
-        # Without this a port that a finished server leaves in TIME_WAIT would count as taken.
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((server.host, server.port))
-        except OSError as error:
-            yield f"rollout.server.port: {server.port} cannot be used ({error.strerror}); choose another, or null"
 
 
 def _model(config: RunConfig) -> Iterator[str]:

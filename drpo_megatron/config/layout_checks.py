@@ -6,12 +6,11 @@ Rules between the model and the trainer's layout are `models.hf_config.check_lay
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drpo_megatron.config.schema import RunConfig
-from drpo_megatron.platform import backend, determinism
+from drpo_megatron.platform import determinism
 
 if TYPE_CHECKING:
     from drpo_megatron.models.hf_config import HFModelConfig
@@ -48,78 +47,15 @@ def determinism_problems(config: RunConfig) -> Iterator[str]:
             )
 
 
-def placement_problems(config: RunConfig) -> Iterator[str]:
-    """A server on the trainer's devices: which ones, and what cannot share a device."""
-    server, ranks = config.rollout.server, _ranks(config)
-    if config.rollout.placement != "colocated" or ranks is None:
-        return
-    if server.tensor_parallel > ranks:
-        yield (
-            f"rollout.server.tensor_parallel: {server.tensor_parallel} ranks of the server are more than the {ranks} "
-            "devices of the trainer (tensor × pipeline × context × data), which rollout.placement = colocated shares; "
-            "lower it, or set rollout.placement to disaggregated"
-        )
-    strange = [d for d in server.devices or [] if not 0 <= d < ranks]
-    if strange:
-        yield (
-            f"rollout.server.devices: {strange} are not among the trainer's 0 to {ranks - 1}, which rollout.placement "
-            "= colocated shares; name some of those, set it to null, or set rollout.placement to disaggregated"
-        )
-    if server.args.get("weight_cache_mode", "off") != "off":
-        yield (
-            f"rollout.server.args.weight_cache_mode: {server.args['weight_cache_mode']} keeps the server's weights on "
-            "the device, and rollout.placement = colocated releases them; remove it"
-        )
-    if backend() != "nccl":
-        return
-    if config.sync.transport == "distributed":
-        yield (
-            "sync.transport: distributed is NCCL, which refuses two ranks on one device, and rollout.placement = "
-            "colocated puts trainer and server there; set it to shared_memory"
-        )
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:true" in os.environ.get(name, "").lower():
-            yield (
-                f"rollout.placement: is colocated and the environment has {name}={os.environ[name]}, with which "
-                "SGLang's memory saver does not work; take expandable_segments out"
-            )
-
-
-def placement_notes(config: RunConfig) -> Iterator[str]:
-    """What a colocated run does not do: on a machine without a GPU, and on devices that the server does not use."""
-    if config.rollout.placement != "colocated":
-        return
-    server, ranks = config.rollout.server.tensor_parallel, _ranks(config)
-    if ranks is not None and server < ranks:
-        yield (
-            f"rollout.placement is colocated and rollout.server.tensor_parallel = {server}: {ranks - server} of the "
-            f"trainer's {ranks} devices wait while the server generates"
-        )
-    if backend() != "nccl":
-        yield (
-            "rollout.placement is colocated and there is no GPU: trainer and server take turns in the same order, and "
-            "no memory becomes free. The server has no memory saver and keeps weights and KV cache; the trainer's "
-            "weights and gradients go from host memory to host memory, and Megatron leaves fp32 main weights and their "
-            "optimizer state where they are"
-        )
-
-
-def _ranks(config: RunConfig) -> int | None:
-    """Ranks of the trainer; None for a layout that is refused."""
-    try:
-        return config.layout.world_size
-    except ValueError:
-        return None
-
-
 def server_problems(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
     """The rollout server's devices and context, and the model's widths over its ranks."""
     server = config.rollout.server
     ranks, devices = server.tensor_parallel, server.devices
-    if devices is not None and (len(devices) != ranks or len(set(devices)) != len(devices)):
+    if devices is not None and (len(devices) != server.count * ranks or len(set(devices)) != len(devices)):
+        servers = f" and rollout.server.count = {server.count}" if server.count > 1 else ""
         yield (
             f"rollout.server.devices: {devices} are {len(set(devices))} different devices for "
-            f"rollout.server.tensor_parallel = {ranks}; name one a rank"
+            f"rollout.server.tensor_parallel = {ranks}{servers}; name one a rank"
         )
     context = server.args.get("context_length")
     prompt, response = config.data.max_prompt_tokens, config.rollout.sampling.max_new_tokens

@@ -112,23 +112,38 @@ class SamplingConfig(Section):
 
 
 class ServerConfig(Section):
-    host: Literal["127.0.0.1"] = "127.0.0.1"
-    """Address the server binds to."""
+    count: int = Field(1, gt=0)
+    """Servers on the host of rank 0. With more than one, sglang-router stands in front of them."""
+    addresses: list[str] = Field(default_factory=list)
+    """Servers that were started elsewhere, as http://HOST:PORT; none is started here then. They must serve `model.path`
+    in `model.dtype`, with the `tensor_parallel` and the random_seed of their own, and --weight-version 0."""
+    host: str = "127.0.0.1"
+    """Address the servers bind to. Another one than loopback needs `api_key_env`."""
+    api_key_env: str | None = None
+    """Environment variable with the key that every request to a server must carry."""
     port: int | None = Field(None, ge=1, le=65535)
-    """Port of the server. null: a free one."""
+    """Port of the first server; the others take the following ones. null: free ones."""
     tensor_parallel: int = Field(1, gt=0)
-    """Tensor-parallel size of the server."""
+    """Tensor-parallel size of each server."""
     threads: int = Field(1, gt=0)
-    """CPU threads of the server's model process, where it runs on CPU."""
+    """CPU threads of a server's model process, where it runs on CPU."""
     devices: list[int] | None = None
-    """CUDA devices of the server. null: the ones behind the trainer's, or with rollout.placement colocated the
-    trainer's first ones. Without a GPU it has no effect."""
+    """CUDA devices of the servers, `tensor_parallel` for each. null: the ones behind the trainer's, or with
+    rollout.placement colocated the trainer's first ones. Without a GPU it has no effect."""
     start_timeout_s: float = Field(300.0, gt=0)
-    """Seconds until the server must answer /health_generate."""
+    """Seconds until a server must answer /health_generate."""
+    health_timeout_s: float = Field(30.0, gt=0)
+    """Seconds within which a server must generate a token when it is asked to; one that does not do so twice is
+    restarted."""
     max_restarts: int = Field(3, ge=0)
-    """Restarts after the server died, over the whole run."""
+    """Restarts of each server that died or hangs, over the whole run. The run goes on with those that are left."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of SGLang by their own names; checked against the installed version."""
+
+
+class RouterConfig(Section):
+    policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
+    """How sglang-router chooses the server of a request."""
 
 
 class RolloutConfig(Section):
@@ -137,17 +152,35 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(gt=0)
     """Samples of each prompt: the group of the advantage."""
     sampling: SamplingConfig
+    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = "synchronous"
+    """When groups are sampled. synchronous: while training waits. one_step_off: a step ahead, while the step before it
+    trains; weights change between batches only. asynchronous: all the time, as far ahead as `max_staleness` allows;
+    weights change in the middle of a response."""
+    max_staleness: int | None = Field(None, ge=0)
+    """How old, in weight versions (updates), the oldest token of a batch may be at the batch's first update. null: what
+    the schedule needs, 0 or one step's updates; asynchronous must set it."""
+    over_sampling: float = Field(1.0, ge=1)
+    """Groups that are sampled for a step, over those it takes: it takes the first that are done, the others are aborted
+    and go on in the next step, which waits for them, with the tokens they have as far as `max_staleness` allows."""
+    dynamic_sampling: bool = False
+    """Replace groups whose samples all have the same reward: they have no advantage, and so no gradient."""
+    dynamic_sampling_limit: float = Field(4.0, ge=1)
+    """Groups sampled for a step in all, over those it takes. Beyond it groups without a signal fill the step."""
+    function: str | None = None
+    """`module:function` for rollouts of several turns: an async f(prompt, session) -> Trajectory, see rollout/turns.py.
+    null: one request for all samples of a prompt."""
     concurrency: int = Field(256, gt=0)
     """Requests in flight at the same time."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Seconds for one request."""
-    request_retries: int = Field(3, ge=0)
-    """Retries of a request that failed while the server lives."""
+    request_retries: int = Field(6, ge=0)
+    """Retries of a request that failed while a server is alive."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """Where the server runs: on devices of its own, or on the trainer's, which trainer and server then hold in turns.
-    colocated: the trainer waits in host memory while the server generates, and the server gives up its KV cache and
-    weights while the trainer trains."""
+    """Where the servers run: on devices of their own, or on the trainer's, which both then hold in turns. colocated: the
+    trainer waits in host memory while the servers generate, and the servers give up their KV cache and weights while
+    the trainer trains. It needs the synchronous schedule."""
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+    router: RouterConfig = Field(default_factory=lambda: RouterConfig())
 
 
 class ProjectionConfig(Section):
@@ -266,6 +299,8 @@ class SyncConfig(Section):
     """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, or files."""
     directory: Path | None = None
     """Where the disk transport writes: a path that the server has too. Empty: in the run's directory."""
+    address: str = "127.0.0.1"
+    """Address at which the servers reach the trainer's rank 0, for the distributed transport."""
     bucket_mb: float = Field(512.0, gt=0)
     """Size of a flattened bucket, in MiB."""
     verify_every: int = Field(1, ge=0)

@@ -32,14 +32,24 @@ class PromptSource:
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts. The last ones of an epoch and the first ones of the following can be in one call."""
+        return [prompt for _, prompt in self.take(n)]
+
+    def take(self, n: int) -> list[tuple[int, Prompt]]:
+        """The same with each one's number in the whole stream, for `at`."""
         taken = []
         for _ in range(n):
             if self._index == len(self._rows):
                 self._epoch, self._index = self._epoch + 1, 0
                 self._order = self._epoch_order(self._epoch)
-            taken.append(self.prompt(self._order[self._index]))
+            number = self._epoch * len(self._rows) + self._index
+            taken.append((number, self.prompt(self._order[self._index])))
             self._index += 1
         return taken
+
+    def at(self, number: int) -> Prompt:
+        """Prompt `number` of the stream, again."""
+        epoch, index = divmod(number, len(self._rows))
+        return self.prompt((self._order if epoch == self._epoch else self._epoch_order(epoch))[index])
 
     def state(self) -> dict[str, int]:
         """The position, for a checkpoint: `epoch` and `index` of the next prompt, `rows` and `seed` they count in."""

@@ -6,6 +6,7 @@ import math
 import os
 import random
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,13 @@ def control_group() -> dist.ProcessGroup:
     if _control is None:
         raise RuntimeError("the process groups do not exist: call drpo_megatron.platform.distributed.initialize first")
     return _control
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. The value must pickle; over gloo, so it may wait as long as a rollout takes."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
 
 
 def shutdown() -> None:

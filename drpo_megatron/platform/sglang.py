@@ -47,21 +47,24 @@ def sglang_launch_command(
     tensor_parallel: int,
     threads: int,
     devices: Sequence[int] | None,
+    index: int = 0,
     colocated: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a server with the command line `args`.
+    """Command and environment of this host's server number `index`, with the command line `args`.
 
-    With CUDA it is SGLang's own launcher on `devices`, by default the `tensor_parallel` devices behind those of this
-    node's training ranks; `colocated`: the first ones of those ranks, with SGLang's memory saver, which lets it give
-    device memory back. Without CUDA it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel rank, and
-    `colocated` changes nothing.
+    With CUDA it is SGLang's own launcher on the `index`-th `tensor_parallel` of `devices`, by default of those behind
+    the devices of this node's training ranks; `colocated`: of those ranks' own, with SGLang's memory saver, which lets
+    it give device memory back. Without CUDA it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel
+    rank, and `colocated` changes nothing.
     """
     # a rendezvous in the server must not take part in the trainer's
     env = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES and not k.startswith("TORCHELASTIC_")}
     if platform.has_cuda():
+        first = index * tensor_parallel
         if devices is None:
-            first = 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-            devices = range(first, first + tensor_parallel)
+            first += 0 if colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+            devices = range(first + tensor_parallel)
+        devices = devices[first : first + tensor_parallel]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[d] if names else str(d) for d in devices)
@@ -71,8 +74,10 @@ def sglang_launch_command(
     env["SGLANG_USE_CPU_ENGINE"] = "1"
     if tensor_parallel > 1:
         # without it SGLang wants a NUMA node a rank
-        cores = sorted(os.sched_getaffinity(0))
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[r % len(cores)]) for r in range(tensor_parallel))
+        cores, first = sorted(os.sched_getaffinity(0)), index * tensor_parallel
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[(first + r) % len(cores)]) for r in range(tensor_parallel)
+        )
     return [sys.executable, "-m", "drpo_megatron.platform.sglang_cpu", *args], env
 
 

@@ -7,6 +7,7 @@ children import the main module first, and the main module here is a training ra
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -57,6 +58,17 @@ class RewardPool:
         reward 0 and the reason in `reward_error`, and a warning with the prompt's id in the log. Raises RewardError
         when a verifier process cannot be started.
         """
+        answers = self._submit(rollouts)
+        for number, (rollout, answer) in enumerate(zip(rollouts, answers, strict=True)):
+            _record(number, rollout, answer.result())
+
+    async def score_async(self, rollouts: Sequence[Rollout]) -> None:
+        """The same, without blocking the event loop."""
+        answers = [asyncio.wrap_future(answer) for answer in self._submit(rollouts)]
+        for number, (rollout, answer) in enumerate(zip(rollouts, answers, strict=True)):
+            _record(number, rollout, await answer)
+
+    def _submit(self, rollouts: Sequence[Rollout]) -> list[Future[Answer]]:
         if self._closing.is_set():
             raise RewardError("the reward pool is closed")
         futures: list[Future[Answer]] = []
@@ -64,10 +76,7 @@ class RewardPool:
             future: Future[Answer] = Future()
             self._samples.put(((rollout.text, rollout.prompt.answer, rollout.prompt.metadata), future))
             futures.append(future)
-        for number, (rollout, future) in enumerate(zip(rollouts, futures, strict=True)):
-            rollout.reward, rollout.reward_error = future.result()
-            if rollout.reward_error is not None:
-                log.warning("prompt %s, sample %d: reward 0, %s", rollout.prompt.id, number, rollout.reward_error)
+        return futures
 
     def close(self) -> None:
         """End the processes, also one in the middle of a sample. May be called twice."""
@@ -85,6 +94,12 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _record(number: int, rollout: Rollout, answer: Answer) -> None:
+    rollout.reward, rollout.reward_error = answer
+    if rollout.reward_error is not None:
+        log.warning("prompt %s, sample %d: reward 0, %s", rollout.prompt.id, number, rollout.reward_error)
 
 
 class _Feeder(threading.Thread):

@@ -13,14 +13,15 @@ MemoryTag = Literal["kv_cache", "weights"]
 
 
 class ServerAdmin:
-    """Sends control requests to the server at `url`. Safe to use from several threads.
+    """Sends control requests to the server at `url`, with `api_key` if there is one. Safe to use from several threads.
 
     Every method takes its limit in seconds. Raises ServerDied when there is no connection or it breaks,
     ServerRequestError with the server's message when the answer is not a success or does not come in time.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
+        self._headers = authorization(api_key)
 
     def pause_generation(self, mode: Literal["abort", "retract", "in_place"], timeout_s: float) -> None:
         """Stop generating. `retract`: running requests wait and go on, with recomputed KV, after the pause."""
@@ -29,6 +30,10 @@ class ServerAdmin:
     def continue_generation(self, timeout_s: float) -> None:
         self._call("POST", "/continue_generation", {}, timeout_s)
 
+    def abort_all(self, timeout_s: float) -> None:
+        """End every request; each is answered with the tokens it has, and finish reason `abort`."""
+        self._call("POST", "/abort_request", {"abort_all": True}, timeout_s)
+
     def begin_weight_update(self, timeout_s: float) -> None:
         self._call("POST", "/begin_weight_update", {"selector": "all"}, timeout_s)
 
@@ -36,13 +41,21 @@ class ServerAdmin:
         self._call("POST", "/end_weight_update", {}, timeout_s)
 
     def init_weights_update_group(
-        self, *, address: str, port: int, world_size: int, group_name: str, backend: str, timeout_s: float
+        self,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_s: float,
     ) -> None:
-        """Let the tensor-parallel ranks of the server join a process group as ranks 1, 2, …"""
+        """Let the tensor-parallel ranks of the server join a process group as ranks rank_offset, rank_offset + 1, …"""
         body = {
             "master_address": address,
             "master_port": port,
-            "rank_offset": 1,
+            "rank_offset": rank_offset,
             "world_size": world_size,
             "group_name": group_name,
             "backend": backend,
@@ -114,9 +127,15 @@ class ServerAdmin:
         """`weight_version`, `model_path` and more."""
         return self._call("GET", "/model_info", None, timeout_s)
 
+    def check_scheduler(self, timeout_s: float) -> None:
+        """Return when the server's scheduler answers, paused or not; raise as above when it does not."""
+        self._call("GET", "/server_info", None, timeout_s)
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         try:
-            response = requests.request(method, self.url + path, json=body, timeout=max(timeout_s, 0.001))
+            response = requests.request(
+                method, self.url + path, json=body, headers=self._headers, timeout=max(timeout_s, 0.001)
+            )
         except requests.Timeout as error:
             raise ServerRequestError(f"{path} did not answer within {timeout_s:.0f} s") from error
         except requests.ConnectionError as error:
@@ -132,6 +151,11 @@ class ServerAdmin:
                 raise ServerRequestError(f"{path} failed: {_message(answer)}")
             return answer
         return {"message": answer}
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """HTTP headers of a request to SGLang or its router."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _message(answer: Any) -> str:

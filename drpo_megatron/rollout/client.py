@@ -1,145 +1,157 @@
-"""Generation requests to an SGLang server: token ids in, token ids with log μ out.
-
-One request carries all samples of one prompt, as a batch of the same prompt: the server computes its prefix once, a
-failure costs one group and not the step, and it is the fastest of the request shapes that keep groups apart.
-"""
+"""Generation requests to SGLang or its router: token ids in, token ids with log μ out."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import aiohttp
+import numpy as np
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
-from drpo_megatron.records import Prompt, Rollout, RolloutGroup
-from drpo_megatron.rollout.errors import GenerationError, ServerDied
+from drpo_megatron.rollout.admin import authorization
+from drpo_megatron.rollout.errors import GenerationError, OldWeights, ServerDied, Stopped
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 
 _BACKOFF_S = 0.5  # before the first retry of a request; it doubles with each
-_DEATH_GRACE_S = 2.0  # a connection breaks before the exit of its process can be seen
-_HEALTH_TIMEOUT_S = 30.0  # SGLang itself gives up on its scheduler after 20
 _FINISH_REASONS = ("stop", "length", "abort")
 
 
-@dataclass
-class GenerationJob:
-    """Groups to generate, and those that are done. Run it again after a failure and only the rest is asked for."""
+@dataclass(frozen=True)
+class Completion:
+    """What the server sampled after one input: fields as in `records.Rollout`, of the sampled tokens.
 
-    prompts: Sequence[Prompt]
-    samples_per_prompt: int
-    sampling: SamplingConfig
-    completed: dict[int, RolloutGroup] = field(default_factory=dict)
-    retries: int = 0
+    routed_experts: int16 [input + sampled − 1, L, K], None for a dense model. An `abort` ended before its time, with
+    the tokens it had.
+    """
+
+    token_ids: list[int]
+    logmu: list[float]
+    weight_versions: list[int]
+    finish_reason: str
+    routed_experts: np.ndarray | None = None
+
+
+class Servers(Protocol):
+    """What a client needs to know of the servers: a `rollout.fleet.Fleet`."""
 
     @property
-    def missing(self) -> list[int]:
-        """Positions in `prompts` whose group is not complete."""
-        return [i for i in range(len(self.prompts)) if i not in self.completed]
+    def url(self) -> str:
+        """Where requests go."""
 
-    def groups(self) -> list[RolloutGroup]:
-        """The groups in the order of `prompts`. Raises RuntimeError while some are missing."""
-        if self.missing:
-            raise RuntimeError(f"{len(self.missing)} of {len(self.prompts)} groups are not generated yet")
-        return [self.completed[i] for i in range(len(self.prompts))]
+    @property
+    def api_key(self) -> str | None: ...
+
+    def serving(self) -> int:
+        """How many are in traffic and run."""
+
+    def check_soon(self) -> None:
+        """One of them answered with weights that it should not have."""
 
 
 class RolloutClient:
-    """Runs generation jobs against one server.
+    """Async context manager: a connection pool to the servers, with a bound on the requests in flight.
 
-    `alive` says whether the server's process runs. `config` bounds the requests in flight, and for each its seconds and
-    retries. `experts` is asked for and decoded with every sample; None for a dense model.
+    `config` bounds the requests, and for each its seconds and retries. `experts` is asked for and decoded with every
+    sample; None for a dense model. `version`: of the last push; a request that is sent from now on must not come back
+    with older tokens. While `stopped`, no request is sent.
     """
 
-    def __init__(
-        self,
-        url: str,
-        config: RolloutConfig,
-        alive: Callable[[], bool],
-        experts: RoutedExpertsFormat | None = None,
-    ) -> None:
-        self._url = url
+    def __init__(self, servers: Servers, config: RolloutConfig, experts: RoutedExpertsFormat | None = None) -> None:
+        self._servers = servers
         self._config = config
-        self._alive = alive
         self._experts = experts
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self.version = 0
+        self.stopped = False
+        self.retries = 0
 
-    async def run(self, job: GenerationJob) -> None:
-        """Generate the missing groups of `job` into `job.completed`.
-
-        Raises ServerDied when the server is gone and GenerationError when a request fails for good; the groups that
-        completed until then stay in the job.
-        """
-        slots = asyncio.Semaphore(self._config.concurrency)
+    async def __aenter__(self) -> Self:
         limit = aiohttp.ClientTimeout(total=self._config.request_timeout_s)
         # one connection a request: a broken one then belongs to one group
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=limit) as session:
-            tasks = [asyncio.create_task(self._group(session, slots, job, i)) for i in job.missing]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        headers = authorization(self._servers.api_key)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=limit, headers=headers)
+        return self
 
-    async def _group(
-        self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, job: GenerationJob, position: int
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        prompt = job.prompts[position]
-        async with slots:
-            body = request_body(prompt, job.samples_per_prompt, job.sampling, routed_experts=self._experts is not None)
-            answers = await self._post(session, body, job)
-        rollouts = [parse_answer(prompt, answer, self._experts) for answer in answers]
-        if len(rollouts) != job.samples_per_prompt:
-            raise GenerationError(f"asked for {job.samples_per_prompt} samples of {prompt.id}, got {len(rollouts)}")
-        job.completed[position] = RolloutGroup(prompt, rollouts)
+        await self._session.close()
 
-    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any], job: GenerationJob) -> list[Any]:
-        """Send one request, again after failures of a living server, and return its answers, one a sample."""
+    async def complete(
+        self, inputs: Sequence[list[int]], sampling: SamplingConfig, budgets: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One continuation of each of `inputs`, in one request: equal inputs share the computation of their prefix.
+
+        budgets: the largest number of new tokens of each, by default the sampling's. Requests that fail while a server
+        lives, or come back with older tokens than `version`, are sent again. Raises ServerDied when no server is left
+        and GenerationError when a request fails for good, and Stopped.
+        """
+        body = request_body(inputs, sampling, budgets, routed_experts=self._experts is not None)
+        async with self._slots:
+            if self.stopped:
+                raise Stopped
+            oldest = self.version
+            return await self._with_retries(body, inputs, oldest)
+
+    async def _with_retries(self, body: dict[str, Any], inputs: Sequence[list[int]], oldest: int) -> list[Completion]:
         attempts = self._config.request_retries + 1
+        failure = ""
         for attempt in range(attempts):
+            if attempt:
+                self.retries += 1
+                await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+                # in a thread: the fleet may be busy with its servers
+                if not await asyncio.to_thread(self._servers.serving):
+                    raise ServerDied(f"no rollout server is left ({failure})")
             try:
-                async with session.post(f"{self._url}/generate", json=body) as response:
-                    if response.status == 200:
-                        answer = await response.json()
-                        return answer if isinstance(answer, list) else [answer]
-                    failure = f"status {response.status}: {(await response.text())[:500]}"
-                    if response.status < 500:
-                        raise GenerationError(f"the rollout server refused a request with {failure}")
-            except (aiohttp.ClientError, TimeoutError) as error:
+                answers = await self._post(body)
+                if len(answers) != len(inputs):
+                    raise GenerationError(f"asked for {len(inputs)} samples and got {len(answers)}")
+                completions = [parse_answer(i, a, self._experts) for i, a in zip(inputs, answers, strict=True)]
+                _refuse_old(completions, oldest)
+                return completions
+            except OldWeights as error:
+                failure = str(error)
+                await asyncio.to_thread(self._servers.check_soon)
+            except TimeoutError:
+                failure = f"no answer within {self._config.request_timeout_s:g} s"
+            except (aiohttp.ClientError, ConnectionError) as error:
                 failure = f"{type(error).__name__}: {error}"
-                if isinstance(error, TimeoutError):
-                    failure = f"no answer within {self._config.request_timeout_s:g} s"
-                if await self._dead(session):
-                    raise ServerDied(f"the rollout server is gone ({failure})") from error
-            if attempt + 1 < attempts:
-                job.retries += 1
-                await asyncio.sleep(_BACKOFF_S * 2**attempt)
-        if not self._alive():
-            raise ServerDied(f"the rollout server is gone ({failure})")
-        raise GenerationError(f"a rollout request failed {attempts} times although the server lives; last: {failure}")
+        if not await asyncio.to_thread(self._servers.serving):
+            raise ServerDied(f"no rollout server is left ({failure})")
+        raise GenerationError(f"a rollout request failed {attempts} times although a server lives; last: {failure}")
 
-    async def _dead(self, session: aiohttp.ClientSession) -> bool:
-        """Whether the server's process ended, or it does not generate any more."""
-        for _ in range(10):
-            if not self._alive():
-                return True
-            await asyncio.sleep(_DEATH_GRACE_S / 10)
-        try:
-            limit = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
-            async with session.get(f"{self._url}/health_generate", timeout=limit) as response:
-                return response.status != 200
-        except (aiohttp.ClientError, TimeoutError):
-            return True
+    async def _post(self, body: dict[str, Any]) -> list[Any]:
+        async with self._session.post(f"{self._servers.url}/generate", json=body) as response:
+            if response.status == 200:
+                answer = await response.json()
+                return answer if isinstance(answer, list) else [answer]
+            failure = f"status {response.status}: {(await response.text())[:500]}"
+        if response.status < 500:
+            raise GenerationError(f"the rollout server refused a request with {failure}")
+        raise ConnectionError(failure)
+
+
+def _refuse_old(completions: Sequence[Completion], oldest: int) -> None:
+    found = min((v for c in completions for v in c.weight_versions), default=oldest)
+    if found < oldest:
+        raise OldWeights(f"an answer has tokens of weight version {found}, and {oldest} was pushed before it was asked")
 
 
 def request_body(
-    prompt: Prompt, samples: int, sampling: SamplingConfig, *, routed_experts: bool = False
+    inputs: Sequence[list[int]],
+    sampling: SamplingConfig,
+    budgets: Sequence[int] | None = None,
+    *,
+    routed_experts: bool = False,
 ) -> dict[str, Any]:
-    """Body of /generate for `samples` responses to one prompt, with the experts of each token if `routed_experts`.
+    """Body of /generate for one continuation of each of `inputs`, with the experts of each token if `routed_experts`.
 
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
     the distribution before truncation, and μ would not be what was sampled from.
@@ -157,12 +169,17 @@ def request_body(
     }
     if sampling.stop:
         parameters["stop"] = sampling.stop
-    body = {"input_ids": [prompt.token_ids] * samples, "sampling_params": parameters, "return_logprob": True}
+    of_each: Any = parameters
+    if budgets is not None:
+        of_each = [parameters | {"max_new_tokens": budget} for budget in budgets]
+    body = {"input_ids": list(inputs), "sampling_params": of_each, "return_logprob": True}
     return body | ({"return_routed_experts": True} if routed_experts else {})
 
 
-def parse_answer(prompt: Prompt, answer: dict[str, Any], experts: RoutedExpertsFormat | None = None) -> Rollout:
-    """One element of /generate's answer as a Rollout, without text; with routed experts where `experts` is given.
+def parse_answer(
+    input_ids: list[int], answer: dict[str, Any], experts: RoutedExpertsFormat | None = None
+) -> Completion:
+    """One element of /generate's answer; with routed experts where `experts` is given.
 
     Raises GenerationError when tokens, log-probs, weight versions and experts do not fit together or a log-prob is not
     finite.
@@ -171,17 +188,16 @@ def parse_answer(prompt: Prompt, answer: dict[str, Any], experts: RoutedExpertsF
     token_ids: list[int] = answer["output_ids"]
     logprobs = meta["output_token_logprobs"]
     if [entry[1] for entry in logprobs] != token_ids:
-        raise GenerationError(f"{prompt.id}: the server's log-probs belong to other tokens than it sampled")
+        raise GenerationError("the server's log-probs belong to other tokens than it sampled")
     logmu = [float("nan") if entry[0] is None else float(entry[0]) for entry in logprobs]
     if not all(math.isfinite(value) for value in logmu):
-        raise GenerationError(f"{prompt.id}: the rollout server returned a log-prob that is not finite")
+        raise GenerationError("the rollout server returned a log-prob that is not finite")
     reason = meta["finish_reason"]["type"]
     if reason not in _FINISH_REASONS:
-        raise GenerationError(f"{prompt.id}: unknown finish reason {reason!r}")
-    positions = len(prompt.token_ids) + len(token_ids) - 1
-    return Rollout(
-        prompt=prompt,
-        response_ids=token_ids,
+        raise GenerationError(f"unknown finish reason {reason!r}")
+    positions = len(input_ids) + len(token_ids) - 1
+    return Completion(
+        token_ids=token_ids,
         logmu=logmu,
         weight_versions=token_versions(meta, len(token_ids)),
         finish_reason=reason,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class ServerError(RuntimeError):
     """A rollout server did not do what was asked."""
@@ -25,3 +27,19 @@ class ServerRequestError(ServerError):
 
 class GenerationError(ServerError):
     """A rollout request failed for good although the server lives."""
+
+
+class ServersFailed(ServerError):
+    """Servers of a fleet failed a request. `reasons`: what each said, by URL."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        super().__init__("; ".join(f"{url}: {reason}" for url, reason in self.reasons.items()))
+
+
+class OldWeights(ServerError):
+    """A server sampled with weights that were replaced before it was asked."""
+
+
+class Stopped(Exception):
+    """Sampling was told to stop: no error, what was sampled is kept."""

@@ -1,47 +1,89 @@
-"""What one server holds on its devices, and in which order it gives it back and takes it again."""
+"""What the servers of a fleet hold on devices that they share with the trainer, and how they give it back."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
 from drpo_megatron.rollout.admin import MemoryTag, ServerAdmin
+from drpo_megatron.rollout.errors import ServerError
+from drpo_megatron.rollout.fleet import Fleet
 
 
-class ServerMemory:
-    """Keeps the server paused while it lacks memory, so that a request that comes then waits and is not computed.
+class FleetMemory:
+    """Takes device memory from every server that is up, and gives it back.
 
-    SGLang ends when it is asked for what it does not have, in both directions, so each method asks only for what is
-    still to do. Methods are bounded by `timeout_s` and raise ServerDied or ServerRequestError.
+    A server is paused while it lacks memory, so that a request that comes then waits and is not computed; and from the
+    first release until nobody lacks any, the fleet is `Fleet.lent`. Hence a server that restarts is never one that
+    lacks memory, and what is released can be noted by address. SGLang ends when it is asked for what it does not have,
+    in both directions, so each method asks only for what is still to do.
+
+    A server that fails a request, each bounded by `timeout_s`, is reported to its fleet, which ends it: its memory is
+    free either way.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, fleet: Fleet, timeout_s: float) -> None:
+        self._fleet = fleet
         self._timeout_s = timeout_s
-        self._released: set[MemoryTag] = set()
+        self._released: dict[str, set[MemoryTag]] = {}
+        self._lent = contextlib.ExitStack()
 
     @property
-    def released(self) -> frozenset[MemoryTag]:
-        """What the server lacks; it is paused while this is not empty."""
-        return frozenset(self._released)
+    def released(self) -> Mapping[str, frozenset[MemoryTag]]:
+        """What each server that is up lacks, by URL."""
+        return {url: frozenset(self._released.get(url, ())) for url in self._fleet.up()}
 
-    def release(self, url: str, *tags: MemoryTag) -> None:
-        """Retract running requests, which then wait, and give back the device memory of `tags`."""
-        wanted = [tag for tag in tags if tag not in self._released]
-        if wanted:
-            admin = ServerAdmin(url)
-            admin.pause_generation("retract", self._timeout_s)
-            admin.release_memory(wanted, self._timeout_s)
-            self._released.update(wanted)
+    def release(self, *tags: MemoryTag) -> int:
+        """Retract running requests, which then wait, and give back the device memory of `tags`.
 
-    def resume(self, url: str, *tags: MemoryTag) -> None:
+        Waits for servers that are starting. Returns the number of servers that are up; the others hold no memory.
+        """
+        if not self._fleet.is_lent:
+            self._lent.enter_context(self._fleet.lent())
+
+        def ask(server: ServerAdmin) -> None:
+            released = self._released.setdefault(server.url, set())
+            if wanted := [tag for tag in tags if tag not in released]:
+                server.pause_generation("retract", self._timeout_s)
+                server.release_memory(wanted, self._timeout_s)
+                released.update(wanted)
+
+        self._each(ask)
+        return len(self._fleet.up())
+
+    def resume(self, *tags: MemoryTag) -> None:
         """Take back the memory of `tags`; with all of it back, go on generating. Weights that come back are undefined:
         push them before the KV cache comes back.
         """
-        wanted = [tag for tag in tags if tag in self._released]
-        if wanted:
-            admin = ServerAdmin(url)
-            admin.resume_memory(wanted, self._timeout_s)
-            self._released.difference_update(wanted)
-            if not self._released:
-                admin.continue_generation(self._timeout_s)
 
-    def restarted(self) -> None:
-        """A new server holds everything."""
-        self._released.clear()
+        def ask(server: ServerAdmin) -> None:
+            released = self._released.get(server.url, set())
+            if wanted := [tag for tag in tags if tag in released]:
+                server.resume_memory(wanted, self._timeout_s)
+                released.difference_update(wanted)
+                if not released:
+                    server.continue_generation(self._timeout_s)
+
+        self._each(ask)
+        if not any(self.released.values()):
+            self._released.clear()
+            self._lent.close()
+
+    def wait_any(self) -> None:
+        """Wait until a server is up, when none was. The devices must be empty. Raises as `Fleet.wait_any`."""
+        self.resume()
+        self._fleet.wait_any()
+
+    def _each(self, request: Callable[[ServerAdmin], None]) -> None:
+        urls = self._fleet.up()
+        failures: dict[str, str] = {}
+        with ThreadPoolExecutor(max_workers=max(1, len(urls)), thread_name_prefix="memory") as threads:
+            asked = {url: threads.submit(request, ServerAdmin(url, self._fleet.api_key)) for url in urls}
+            for url, answer in asked.items():
+                try:
+                    answer.result()
+                except ServerError as error:
+                    failures[url] = str(error)
+        if failures:
+            self._fleet.report(failures)

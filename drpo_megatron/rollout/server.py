@@ -1,21 +1,22 @@
-"""One SGLang server process: start it, wait for it, restart it a bounded number of times, leave nothing behind."""
+"""One SGLang server: a process that is started here, or an address where one was started elsewhere."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import requests
 
-from drpo_megatron.config.schema import RunConfig, ServerConfig
+from drpo_megatron.config.schema import ServerConfig
 from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
-from drpo_megatron.rollout.errors import ServerGaveUp, ServerStartError
-from drpo_megatron.rollout.experts import RoutedExpertsFormat
+from drpo_megatron.rollout.admin import authorization
+from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.rollout.server_args import check_arguments, command_line
 
 _RESERVED = {
@@ -27,12 +28,35 @@ _RESERVED = {
     "tp_size": "rollout.server.tensor_parallel",
     "weight_version": "nothing, the trainer counts the versions",
     "enable_return_routed_experts": "nothing, it is on for a mixture of experts",
+    "api_key": "rollout.server.api_key_env",
     "enable_memory_saver": "rollout.placement to colocated, which turns it on",
 }
 _LOG_TAIL_LINES = 25
 _POLL_S = 0.2
-_BACKOFF_S = 1.0  # before the first restart; it doubles with each
 _STOP_S = 3.0  # the server holds nothing that has to be saved
+
+
+class Server(Protocol):
+    """What a fleet needs of a server, wherever it runs."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def pid(self) -> int | None:
+        """Of a process of this host, which is also the id of its process group."""
+
+    def start(self) -> None:
+        """Begin to start it, without waiting. Raises ServerStartError."""
+
+    def ended(self) -> str | None:
+        """Why it does not run any more; None while it runs, as far as that can be seen without asking it."""
+
+    def healthy(self, timeout_s: float) -> bool:
+        """Whether it generates a token within `timeout_s`."""
+
+    def stop(self) -> None:
+        """End it, if it was started here."""
 
 
 class SGLangServer:
@@ -40,9 +64,10 @@ class SGLangServer:
 
     Start it from a thread that lives as long as the run, such as the main thread. `model_path` is a Hugging Face
     directory, `dtype` the name of SGLang's dtype, `log_path` collects the output of the server and its restarts.
-    `routed_experts`: keep the experts of every token for the answers that ask for them; a mixture of experts only.
-    `colocated`: on the trainer's devices, whose memory it can give back. Raises ServerStartError for arguments that the
-    installed SGLang does not have.
+    `index`: its place among the servers of this host, which decides its devices and port. `routed_experts`: keep the
+    experts of every token for the answers that ask for them; a mixture of experts only. `api_key`: what every request
+    must carry. `colocated`: on the trainer's devices, whose memory it can give back. Raises ServerStartError for
+    arguments that the installed SGLang does not have.
     """
 
     def __init__(
@@ -53,31 +78,35 @@ class SGLangServer:
         seed: int,
         log_path: Path,
         *,
+        index: int = 0,
         routed_experts: bool = False,
+        api_key: str | None = None,
         colocated: bool = False,
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
         self._colocated = colocated
+        self._index = index
         self._log_path = log_path
+        self._api_key = api_key
         self._arguments: dict[str, Any] = sglang_default_args() | config.args
         self._arguments |= {
             "model_path": str(model_path),
             "dtype": dtype,
-            "random_seed": seed,
+            "random_seed": seed + index,
             "host": config.host,
             "tp_size": config.tensor_parallel,
             "weight_version": "0",
             "enable_return_routed_experts": routed_experts,
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._wanted_port = config.port + index if config.port else None
         self._port: int | None = None
         self._log_start = 0
-        self.restarts = 0
 
     @property
     def url(self) -> str:
-        """Address of the server. A restart with `port: null` changes it."""
+        """Address of the server. A start with `port: null` changes it."""
         if self._port is None:
             raise RuntimeError("the server has no address before start()")
         return f"http://{self._config.host}:{self._port}"
@@ -91,13 +120,14 @@ class SGLangServer:
         """Process id of the server, which is also the id of its process group."""
         return self._process.pid if self._process else None
 
-    def command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        """Command line and environment of a server that listens on `port`."""
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment, without the API key. A free port is chosen at the start, and 0 before."""
         return sglang_launch_command(
-            command_line(self._arguments | {"port": port}),
+            command_line(self._arguments | {"port": self._port or self._wanted_port or 0}),
             tensor_parallel=self._config.tensor_parallel,
             threads=self._config.threads,
             devices=self._config.devices,
+            index=self._index,
             colocated=self._colocated,
         )
 
@@ -105,18 +135,18 @@ class SGLangServer:
         """Start the process and return at once. Raises ServerStartError when the configured port is in use."""
         if self._process is not None:
             raise RuntimeError("the server is already started: stop() it first")
-        self._port = self._config.port or _free_port(self._config.host)
+        self._port = self._wanted_port or free_port(self._config.host)
         if _in_use(self._config.host, self._port):
             raise ServerStartError(
                 f"port {self._port} on {self._config.host} is in use: end the process that listens there, or set "
                 "rollout.server.port to another port or to null for a free one"
             )
-        command, environment = self.command(self._port)
+        command, environment = self.command()
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                command,
+                command + self._key_file(),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -136,54 +166,39 @@ class SGLangServer:
             raise RuntimeError("start() the server before wait_ready()")
         deadline = time.monotonic() + self._config.start_timeout_s
         while True:
-            status = self._process.poll()
-            if status is not None:
+            if ended := self.ended():
                 self.stop()
-                raise ServerStartError(f"SGLang ended with status {status} before it was ready; {self._log_tail()}")
+                raise ServerStartError(f"SGLang {ended} before it was ready; {self.log_tail()}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise ServerStartError(
                     f"SGLang was not ready after {self._config.start_timeout_s:.0f} s: raise "
-                    f"rollout.server.start_timeout_s if its log shows progress; {self._log_tail()}"
+                    f"rollout.server.start_timeout_s if its log shows progress; {self.log_tail()}"
                 )
             if self.healthy(timeout_s=min(20.0, self._config.start_timeout_s)):
                 return self.url
             time.sleep(_POLL_S)
 
+    def ended(self) -> str | None:
+        """None while the process runs. A server that hangs runs and is not healthy."""
+        status = self._process.poll() if self._process else None
+        if self._process is None:
+            return "is not started"
+        return None if status is None else f"ended with status {status}"
+
     def alive(self) -> bool:
-        """Whether the process runs. A server that hangs is alive and not healthy."""
-        return self._process is not None and self._process.poll() is None
+        return self.ended() is None
 
     def healthy(self, timeout_s: float = 20.0) -> bool:
         """Whether the server generates a token within `timeout_s`."""
-        try:
-            return requests.get(f"{self.url}/health_generate", timeout=timeout_s).status_code == 200
-        except requests.RequestException:
-            return False
-
-    def restart(self) -> str:
-        """Stop what is left of the server, start it again and wait until it is ready; return its URL.
-
-        Its weights are then those of `model_path`. Raises ServerGaveUp when `max_restarts` is used up. Each restart
-        waits twice as long as the one before, from one second on.
-        """
-        if self.restarts >= self._config.max_restarts:
-            self.stop()
-            raise ServerGaveUp(
-                f"the server died {self.restarts + 1} times and rollout.server.max_restarts is "
-                f"{self._config.max_restarts}: find the cause in {self._log_path}; {self._log_tail()}"
-            )
-        self.stop()
-        time.sleep(_BACKOFF_S * 2**self.restarts)
-        self.restarts += 1
-        self.start()
-        return self.wait_ready()
+        return is_healthy(self.url, timeout_s, self._api_key)
 
     def stop(self) -> None:
         """End the server and its workers within a few seconds. Does nothing when it is not running."""
         if self._process is not None:
             stop_group(self._process, timeout_s=_STOP_S)
             self._process = None
+            self._key_path.unlink(missing_ok=True)
 
     def __enter__(self) -> SGLangServer:
         self.start()
@@ -194,28 +209,58 @@ class SGLangServer:
     ) -> None:
         self.stop()
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """The last lines that the server wrote since its last start."""
         with self._log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
         return f"end of {self._log_path}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:])
 
+    @property
+    def _key_path(self) -> Path:
+        return self._log_path.with_suffix(".key.yaml")
 
-def server_of(config: RunConfig) -> SGLangServer:
-    """The server that a run's configuration asks for, not started. The model's directory must exist."""
-    log_path = config.run_directory / "log" / "server.log"
-    return SGLangServer(
-        config.rollout.server,
-        config.model.path,
-        config.model.dtype,
-        config.seed,
-        log_path,
-        routed_experts=RoutedExpertsFormat.load(config.model.path) is not None,
-        colocated=config.rollout.placement == "colocated",
-    )
+    def _key_file(self) -> list[str]:
+        """The argument that hands over the API key: in a file for this user alone, where a command line is public."""
+        if self._api_key is None:
+            return []
+        self._key_path.unlink(missing_ok=True)
+        with os.fdopen(os.open(self._key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"api-key: {self._api_key}\n")
+        return ["--config", str(self._key_path)]
 
 
-def _free_port(host: str) -> int:
+class ExternalServer:
+    """A server that was started elsewhere, at `url`. It is never started or stopped here."""
+
+    pid: int | None = None
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url
+        self._api_key = api_key
+
+    def start(self) -> None:
+        pass
+
+    def ended(self) -> str | None:
+        return None
+
+    def healthy(self, timeout_s: float) -> bool:
+        return is_healthy(self.url, timeout_s, self._api_key)
+
+    def stop(self) -> None:
+        pass
+
+
+def is_healthy(url: str, timeout_s: float, api_key: str | None) -> bool:
+    try:
+        response = requests.get(f"{url}/health_generate", headers=authorization(api_key), timeout=timeout_s)
+    except requests.RequestException:
+        return False
+    return response.status_code == 200
+
+
+def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -1,1 +1,1 @@
-"""Weights from the trainer to the server: `buckets` (wire format), `distributed` (transport), `verify` (checksums)."""
+"""Weights from the trainer to the servers: `push` (a whole sync), one transport a file, `verify` (checksums)."""

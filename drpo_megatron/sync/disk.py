@@ -1,6 +1,6 @@
-"""Weights through a file system, for a server that shares no network of devices with the trainer.
+"""Weights through a file system, for servers that share no network of devices with the trainer.
 
-Each push writes a Hugging Face directory, asks the server to load it, and removes it.
+Each push writes a Hugging Face directory, asks the servers to load it, and removes it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerRequestError
 from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.receivers import Receivers
 from drpo_megatron.sync.transport import Deadline
 from drpo_megatron.weights.hf_io import SafetensorsWriter
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class DiskTransport:
-    """Implements `Transport`. `directory`: a path that trainer and server both have. `source`: the model's Hugging Face
+    """Implements `Transport`. `directory`: a path that trainer and servers have. `source`: the model's Hugging Face
     directory, for the files beside the weights. `shard_bytes`: of a file, and held in memory.
     """
 
-    def __init__(self, admin: ServerAdmin, directory: Path, source: Path, shard_bytes: int) -> None:
-        self._admin = admin
+    def __init__(self, receivers: Receivers, directory: Path, source: Path, shard_bytes: int) -> None:
+        self._receivers = receivers
         self._directory = directory
         self._source = source
         self._shard_bytes = shard_bytes
@@ -50,11 +50,13 @@ class DiskTransport:
         model = self._private / f"model-{next(self._numbers)}"
         try:
             self._write(model, buckets)
-            self._admin.update_weights_from_disk(model_path=str(model), timeout_s=deadline.left())
+            self._receivers.each(
+                lambda server: server.update_weights_from_disk(model_path=str(model), timeout_s=deadline.left())
+            )
         finally:
             _remove(model)
 
-    def close(self, *, server_alive: bool) -> None:
+    def close(self, *, servers_alive: bool) -> None:
         if self._private is not None:
             _remove(self._private)
             self._private = None
@@ -71,7 +73,7 @@ class DiskTransport:
                 raise
             raise ServerRequestError(
                 f"the weights could not be written to {self._directory}: {error}; "
-                "make room, or set sync.directory to another path that the server has"
+                "make room, or set sync.directory to another path that the servers have"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Weights by broadcast: the trainer's rank 0 and the server's tensor-parallel ranks in one process group.
+"""Weights by broadcast: the trainer's rank 0 and the tensor-parallel ranks of all servers in one process group.
 
 NCCL between devices, gloo without. One bucket is on the wire while the next is prepared.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,59 +14,63 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerRequestError
 from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
 
-_ADDRESS = "127.0.0.1"
 _connections = itertools.count()  # a group name is used once in a process
 
 
 class DistributedTransport:
-    """Implements `Transport`. `ranks`: the server's tensor-parallel size. `backend` and `device` are the platform's.
+    """Implements `Transport`. `address`: where the servers reach this process. `backend` and `device` are the
+    platform's.
 
     The process group exists from `connect` on. Its creation is bounded by `timeout_s`.
     """
 
-    def __init__(self, admin: ServerAdmin, ranks: int, backend: str, device: torch.device, timeout_s: float) -> None:
-        self._admin = admin
-        self._ranks = ranks
+    def __init__(
+        self, receivers: Receivers, address: str, backend: str, device: torch.device, timeout_s: float
+    ) -> None:
+        self._receivers = receivers
+        self._address = address
         self._backend = backend
         self._device = device
         self._timeout_s = timeout_s
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
-        self._requests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
 
     def connect(self) -> None:
-        """Create the process group with the server's ranks. Raises ServerError when the server does not join."""
+        """Create the process group with the servers' ranks. Raises ServerError when a server does not join."""
         timeout_s = self._timeout_s
         # a server that is gone fails here at once; the rendezvous would wait for it
-        self._admin.model_info(min(timeout_s, 30.0))
+        self._receivers.each(lambda server: server.model_info(min(timeout_s, 30.0)))
         self._group_name = f"drpo-weights-{next(_connections)}"
-        world_size = 1 + self._ranks
+        world_size = 1 + self._receivers.world_size
         # not through rendezvous(): under torchrun that joins the agent's store instead of opening one
         store = dist.TCPStore(
-            _ADDRESS, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            self._address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
-        joined = self._requests.submit(
-            self._admin.init_weights_update_group,
-            address=_ADDRESS,
-            port=store.port,
-            world_size=world_size,
-            group_name=self._group_name,
-            backend=self._backend,
-            timeout_s=timeout_s,
+        offsets = {server.url: 1 + i * self._receivers.ranks for i, server in enumerate(self._receivers.admins)}
+        joined = self._receivers.start(
+            lambda server: server.init_weights_update_group(
+                address=self._address,
+                port=store.port,
+                rank_offset=offsets[server.url],
+                world_size=world_size,
+                group_name=self._group_name,
+                backend=self._backend,
+                timeout_s=timeout_s,
+            )
         )
         try:
             self._group = _process_group(self._backend, store, world_size, self._group_name, timeout_s)
         except RuntimeError as error:
-            raise ServerRequestError(f"the server did not join the weight group: {error}") from error
+            raise ServerRequestError(f"the servers did not join the weight group: {error}") from error
         joined.result()
 
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
-        with weight_update(self._admin, deadline):
+        with weight_update(self._receivers, deadline, abandon=self._leave):
             in_flight: _InFlight | None = None
             for index, bucket in enumerate(buckets):
                 flat = bucket.flatten(self._device)
@@ -78,39 +81,44 @@ class DistributedTransport:
             if in_flight is not None:
                 in_flight.finish(deadline)
 
-    def close(self, *, server_alive: bool) -> None:
-        """Leave the process group. With `server_alive` the server leaves it too."""
+    def close(self, *, servers_alive: bool) -> None:
+        """Leave the process group. With `servers_alive` the servers leave it too."""
+        if self._group is not None and servers_alive:
+            timeout_s = min(self._timeout_s, 30.0)
+            self._receivers.each(lambda server: server.destroy_weights_update_group(self._group_name, timeout_s))
+        self._leave()
+
+    def _leave(self) -> None:
         if self._group is not None:
-            if server_alive:
-                self._admin.destroy_weights_update_group(self._group_name, min(self._timeout_s, 30.0))
             dist.destroy_process_group(self._group)
             self._group = None
-        self._requests.shutdown(wait=False)
 
     def _start(self, bucket: Bucket, flat: torch.Tensor, deadline: Deadline, *, flush_cache: bool) -> _InFlight:
-        answer = self._requests.submit(
-            self._admin.update_weights_from_distributed,
-            names=bucket.names,
-            dtypes=bucket.dtypes,
-            shapes=bucket.shapes,
-            group_name=self._group_name,
-            flush_cache=flush_cache,
-            timeout_s=deadline.left(),
+        timeout_s = deadline.left()
+        answers = self._receivers.start(
+            lambda server: server.update_weights_from_distributed(
+                names=bucket.names,
+                dtypes=bucket.dtypes,
+                shapes=bucket.shapes,
+                group_name=self._group_name,
+                flush_cache=flush_cache,
+                timeout_s=timeout_s,
+            )
         )
-        return _InFlight(flat, answer, dist.broadcast(flat, src=0, group=self._group, async_op=True))
+        return _InFlight(flat, answers, dist.broadcast(flat, src=0, group=self._group, async_op=True))
 
 
 @dataclass
 class _InFlight:
-    """One bucket on the wire; keeps its bytes until the server has them."""
+    """One bucket on the wire; keeps its bytes until the servers have them."""
 
     flat: torch.Tensor
-    answer: Future[None]
+    answers: Answers[None]
     broadcast: dist.Work
 
     def finish(self, deadline: Deadline) -> None:
-        # the answer first: when the server fails or dies the broadcast may never end, and its error says less
-        self.answer.result()
+        # the answers first: when a server fails or dies the broadcast may never end, and its error says less
+        self.answers.result()
         try:
             self.broadcast.wait(timedelta(seconds=deadline.left()))
         except RuntimeError as error:

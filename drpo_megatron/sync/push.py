@@ -1,10 +1,10 @@
-"""A weight push: pause the server, send the stream of tensors by the chosen transport, prove that it arrived, go on."""
+"""A weight push: pause the servers, send the tensors by the chosen transport, prove that they arrived, go on."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,17 @@ import torch
 
 from drpo_megatron.config.schema import SyncConfig
 from drpo_megatron.platform import backend, device
-from drpo_megatron.rollout.admin import ServerAdmin
-from drpo_megatron.rollout.errors import ServerError
+from drpo_megatron.rollout.errors import ServerError, ServersFailed
 from drpo_megatron.sync.buckets import Bucket, make_buckets
 from drpo_megatron.sync.disk import DiskTransport
 from drpo_megatron.sync.distributed import DistributedTransport
+from drpo_megatron.sync.receivers import Receivers
 from drpo_megatron.sync.shared_memory import SharedMemoryTransport
 from drpo_megatron.sync.transport import Deadline, Transport
 from drpo_megatron.sync.verify import ExpectedChecksums, ServerLayout
 
 _MIB = 2**20
+_PROBE_S = 20.0  # of a server that may be busy with loading a bucket
 
 
 @dataclass(frozen=True)
@@ -37,76 +38,96 @@ class SyncReport:
 
 
 class WeightSync:
-    """Pushes weights to one server. Lives on the trainer's global rank 0.
+    """Pushes weights to the servers of a fleet. Lives on the trainer's global rank 0.
 
-    `layout` describes the server's sharding, `source` is the model's Hugging Face directory, `directory` where the
-    disk transport writes if the configuration does not say. The transport is open from the first `push` or `connect`
-    on. Opening it and every push are bounded by `config.timeout_s`; a server that dies meanwhile is a ServerDied or
-    ServerRequestError.
+    `layout` describes a server's sharding, `source` is the model's Hugging Face directory, `directory` where the disk
+    transport writes if the configuration does not say. Connecting and every push are bounded by `config.timeout_s`.
     """
 
-    def __init__(self, url: str, config: SyncConfig, layout: ServerLayout, source: Path, directory: Path) -> None:
-        self._admin = ServerAdmin(url)
+    def __init__(
+        self, config: SyncConfig, layout: ServerLayout, source: Path, directory: Path, api_key: str | None = None
+    ) -> None:
         self._config = config
         self._layout = layout
         self._source = source
         self._directory = config.directory or directory
+        self._api_key = api_key
+        self._urls: list[str] = []
+        self._receivers: Receivers | None = None
         self._transport: Transport | None = None
         self._pushes = 0
 
-    def connect(self) -> None:
-        """Open the transport. Raises ServerError when the server does not take part."""
-        transport = self._make_transport()
-        transport.connect()
-        self._transport = transport
-        self._pushes = 0
-
-    def reconnect(self, url: str) -> None:
-        """Leave a server that was restarted and connect to the new one at `url`.
-
-        The first push afterwards compares checksums.
+    def connect(self, urls: Sequence[str]) -> None:
+        """Open the way to the servers at `urls`; nothing happens when it is open. Leaves servers that are not among
+        them, without asking them. Raises as `push` does.
         """
-        self.close(server_alive=False)
-        self._admin = ServerAdmin(url)
-        self.connect()
+        if self._transport is not None and list(urls) == self._urls:
+            return
+        self.close(servers_alive=False)
+        self._urls, self._pushes = list(urls), 0
+        self._receivers = Receivers(urls, self._layout.tensor_parallel, self._api_key)
+        transport = self._make_transport(self._receivers)
+        try:
+            transport.connect()
+        except ServerError as error:
+            raise self._reason(error) from error
+        self._transport = transport
 
     def push(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, stay_paused: bool = False
     ) -> SyncReport:
-        """Replace all weights of the server by a stream of full Hugging Face tensors and name them `version`.
+        """Replace all weights of the servers by a stream of full Hugging Face tensors and name them `version`.
 
         Running requests, if any, wait and go on with the new weights. Tensors must not change before the push returns.
-        Checksums are compared after the first push and then after every `verify_every`th, before the server generates
-        again. Raises ServerDied, ServerRequestError or SyncMismatch; the server then stays paused, with weights that
-        must not be used, until it is restarted or a later push succeeds. The stream is consumed to its end either way,
-        because other ranks may take part in producing it. `stay_paused`: do not let the server generate afterwards.
+        Checksums are compared after the first push to these servers and then after every `verify_every`th, before the
+        servers generate again. Raises ServersFailed with the servers that do not answer any more, and SyncMismatch or
+        ServerRequestError when all of them do; servers then stay paused, with weights that must not be used, until they
+        are restarted or a later push succeeds, for which `connect` is to be called again. The stream is consumed to its
+        end either way, because other ranks may take part in producing it. `stay_paused`: do not let the servers
+        generate afterwards.
         """
         stream = iter(named_tensors)
         try:
             return self._push(stream, version, stay_paused)
-        except ServerError:
+        except ServerError as error:
             for _ in stream:
                 pass
-            raise
+            raise self._reason(error) from error
 
-    def close(self, *, server_alive: bool = True) -> None:
-        """Close the transport, on a living server too."""
+    def close(self, *, servers_alive: bool = True) -> None:
+        """Close the transport, on living servers too."""
         if self._transport is not None:
-            self._transport.close(server_alive=server_alive)
+            self._transport.close(servers_alive=servers_alive)
             self._transport = None
+        if self._receivers is not None:
+            self._receivers.close()
+            self._receivers = None
 
-    def _make_transport(self) -> Transport:
-        config, ranks = self._config, self._layout.tensor_parallel
+    def _reason(self, error: ServerError) -> ServerError:
+        """Close, and tell which servers are gone; `error` itself when all answer."""
+        assert self._receivers is not None
+        if self._transport is not None:
+            # a server that waits for this process answers once the connection is closed
+            self._transport.close(servers_alive=False)
+            self._transport = None
+        gone = self._receivers.unresponsive(_PROBE_S)
+        self.close(servers_alive=False)
+        if not gone:
+            return error
+        said = error.reasons if isinstance(error, ServersFailed) else {}
+        return ServersFailed({url: said.get(url, reason) for url, reason in gone.items()})
+
+    def _make_transport(self, receivers: Receivers) -> Transport:
+        config = self._config
         if config.transport == "shared_memory":
-            return SharedMemoryTransport(self._admin, ranks)
+            return SharedMemoryTransport(receivers)
         if config.transport == "disk":
-            return DiskTransport(self._admin, self._directory, self._source, self._bucket_bytes)
-        return DistributedTransport(self._admin, ranks, backend(), device(), config.timeout_s)
+            return DiskTransport(receivers, self._directory, self._source, self._bucket_bytes)
+        return DistributedTransport(receivers, config.address, backend(), device(), config.timeout_s)
 
     def _push(self, stream: Iterator[tuple[str, torch.Tensor]], version: int, stay_paused: bool) -> SyncReport:
-        if self._transport is None:
-            self.connect()
-        assert self._transport is not None
+        if self._transport is None or self._receivers is None:
+            raise RuntimeError("connect() before push()")
         start = time.monotonic()
         deadline = Deadline.after(self._config.timeout_s)
         expected = ExpectedChecksums(self._layout, device()) if self._verification_is_due() else None
@@ -115,12 +136,16 @@ class WeightSync:
         if first is None:
             raise ValueError("a weight update without tensors: the stream was empty")
         sent = _Count()
-        self._admin.pause_generation("retract", deadline.left())
+        servers = self._receivers
+        servers.each(lambda server: server.pause_generation("retract", deadline.left()))
         self._transport.send(sent.pass_on(itertools.chain([first], buckets)), deadline)
-        verified = expected.verify(self._admin.weight_checksums(deadline.left())) if expected else 0
-        self._admin.set_weight_version(version, deadline.left())
+        verified = 0
+        if expected:
+            for checksums in servers.each(lambda server: server.weight_checksums(deadline.left())):
+                verified = expected.verify(checksums)
+        servers.each(lambda server: server.set_weight_version(version, deadline.left()))
         if not stay_paused:
-            self._admin.continue_generation(deadline.left())
+            servers.each(lambda server: server.continue_generation(deadline.left()))
         self._pushes += 1
         return SyncReport(version, sent.tensors, sent.buckets, sent.nbytes, time.monotonic() - start, verified)
 

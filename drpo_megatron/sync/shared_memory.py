@@ -1,6 +1,6 @@
-"""Weights through host memory that trainer and server both map, for a server on the trainer's host.
+"""Weights through host memory that trainer and servers map, for servers on the trainer's host.
 
-Buckets alternate between two buffers that live as long as the connection: one is filled while the server loads the
+Buckets alternate between two buffers that live as long as the connection: one is filled while the servers load the
 other. Only names, shapes and the handle of a buffer go through HTTP.
 
 Copies to and from a device have not been run: see docs/gpu-checklist.md.
@@ -12,50 +12,52 @@ import base64
 import contextlib
 import io
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.multiprocessing
 
-from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
 
 
 class SharedMemoryTransport:
-    """Implements `Transport`. `ranks`: the server's tensor-parallel size."""
+    """Implements `Transport`."""
 
-    def __init__(self, admin: ServerAdmin, ranks: int) -> None:
-        self._admin = admin
-        self._ranks = ranks
+    def __init__(self, receivers: Receivers) -> None:
+        self._receivers = receivers
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
-        self._requests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
 
     def connect(self) -> None:
         pass
 
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
-        with weight_update(self._admin, deadline):
-            loading: Future[None] | None = None
+        with weight_update(self._receivers, deadline, abandon=self._release):
+            loading: Answers[None] | None = None
             for index, bucket in enumerate(buckets):
                 views = self._fill(index % 2, bucket)
                 if loading is not None:
                     loading.result()
-                loading = self._requests.submit(
-                    self._admin.update_weights_from_tensor,
-                    # A serialized tensor is counted as one user of the memory: one for each rank that will open it.
-                    payloads=[serialize(views) for _ in range(self._ranks)],
-                    # the first bucket drops the cache of the former weights: nothing runs until the push is complete
-                    flush_cache=index == 0,
-                    timeout_s=deadline.left(),
-                )
+                # the first bucket drops the cache of the former weights: nothing runs until the push is complete
+                loading = self._start(views, deadline.left(), flush_cache=index == 0)
             if loading is not None:
                 loading.result()
 
-    def close(self, *, server_alive: bool) -> None:
+    def close(self, *, servers_alive: bool) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-        self._requests.shutdown(wait=False)
+
+    def _start(self, views: list[tuple[str, torch.Tensor]], timeout_s: float, *, flush_cache: bool) -> Answers[None]:
+        # A serialized tensor is counted as one user of the memory: one for each rank that will open it.
+        payloads = {s.url: [serialize(views) for _ in range(self._receivers.ranks)] for s in self._receivers.admins}
+        return self._receivers.start(
+            lambda server: server.update_weights_from_tensor(
+                payloads=payloads[server.url], flush_cache=flush_cache, timeout_s=timeout_s
+            )
+        )
 
     def _fill(self, index: int, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
         """The bucket's tensors, by name, in the buffer."""

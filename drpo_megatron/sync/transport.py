@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from drpo_megatron.rollout.admin import ServerAdmin
-from drpo_megatron.rollout.errors import ServerRequestError
+from drpo_megatron.rollout.errors import ServerRequestError, ServersFailed
 from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.receivers import Receivers
+
+log = logging.getLogger(__name__)
+
+_ABANDON_S = 10.0  # a living server closes its bracket in much less
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,38 @@ class Deadline:
 
 
 class Transport(Protocol):
-    """Carries buckets to one server, which is paused meanwhile. Errors are those of `push.WeightSync.push`."""
+    """Carries buckets to the servers of its `Receivers`, which are paused meanwhile.
+
+    Errors are those of `push.WeightSync.push`. After one in `send` only `close(servers_alive=False)` may follow.
+    """
 
     def connect(self) -> None:
         """Be ready to send, within sync.timeout_s."""
 
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
-        """Bring every bucket into the server's model; return when it holds the last one. `buckets` is not empty, and a
-        bucket's tensors may change once the next is asked for.
+        """Bring every bucket into the servers' models; return when they hold the last one. `buckets` is not empty, and
+        a bucket's tensors may change once the next is asked for.
         """
 
-    def close(self, *, server_alive: bool) -> None:
-        """Give back what `connect` took, on the server too if it is alive."""
+    def close(self, *, servers_alive: bool) -> None:
+        """Give back what `connect` took, on the servers too if they are alive."""
 
 
 @contextlib.contextmanager
-def weight_update(admin: ServerAdmin, deadline: Deadline) -> Iterator[None]:
-    """The server's bracket around buckets: it prepares its weights before them and repacks them after."""
-    admin.begin_weight_update(deadline.left())
+def weight_update(receivers: Receivers, deadline: Deadline, abandon: Callable[[], None]) -> Iterator[None]:
+    """The servers' bracket around buckets: they prepare their weights before them and repack them after.
+
+    When the body fails, `abandon` first releases what a server may wait for. The bracket is then closed where a server
+    answers: one that was left open would refuse the next.
+    """
+    receivers.each(lambda server: server.begin_weight_update(deadline.left()))
     try:
         yield
-    finally:
-        # an update that was left open would refuse the next one
-        admin.end_weight_update(deadline.left())
+    except BaseException:
+        abandon()
+        try:
+            receivers.each(lambda server: server.end_weight_update(_ABANDON_S))
+        except ServersFailed as error:
+            log.warning("an unfinished weight update stays open: %s", error)
+        raise
+    receivers.each(lambda server: server.end_weight_update(deadline.left()))

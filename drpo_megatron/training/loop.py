@@ -1,4 +1,4 @@
-"""The main loop. Its verbs are the design: generate → score → advantages → pack → train → sync → log."""
+"""The main loop. Its verbs are the design: generate (and score) → advantages → pack → train → sync → log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ def train(run: Run) -> None:
     for step in range(run.config.training.steps):
         run.begin(step)
         groups = run.generate()
-        run.score(groups)
         run.advantages(groups)
         updates = run.pack(groups)
         results = [run.train(sequences) for sequences in updates]

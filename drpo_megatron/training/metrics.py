@@ -81,11 +81,14 @@ def _performance(
     sampled = sum(len(r.response_ids) for r in rollouts)
     lengths = [len(r.prompt.token_ids) + len(r.response_ids) - 1 for r in rollouts]
     step_s = sum(verb_seconds.values())
+    # The verb waits for what is not there yet: ahead of training, tokens are sampled during the whole step.
+    generate_s = verb_seconds["generate"] if config.rollout.schedule == "synchronous" else step_s
     flops_per_s_rank = sum(update.flops for update in updates) / verb_seconds["train"] / config.layout.world_size
     return {f"perf/{verb}_s": seconds for verb, seconds in verb_seconds.items()} | {
         "perf/step_s": step_s,
         "perf/tokens_per_s": sum(lengths) / step_s,
-        "perf/generate_tokens_per_s": sampled / verb_seconds["generate"],
+        "perf/samples_per_s": len(rollouts) / step_s,
+        "perf/generate_tokens_per_s": sampled / generate_s,
         "perf/train_tokens_per_s": sum(lengths) / verb_seconds["train"],
         "perf/tflops_per_gpu": flops_per_s_rank / 1e12,
         "pack/tokens_saved_frac": sum(update.tokens_saved_frac for update in updates) / len(updates),

@@ -1,11 +1,11 @@
-"""Who holds the devices when: a server on its own devices, or one that takes turns with the trainer on the same.
+"""Who holds the devices when: servers on their own devices, or servers that take turns with the trainer on the same.
 
-The turns of a step, colocated. The server lacks its KV cache from the start of training to the end of the sync, so the
-fullest moment is the trainer's weights beside the server's:
+The turns of a step, colocated. The servers lack their KV cache from the start of training to the end of the sync, so
+the fullest moment is the trainer's weights beside a server's:
 
-    generate   server: weights, KV cache     trainer: nothing
-    train      server: nothing               trainer: weights, gradients, optimizer state
-    sync       server: weights               trainer: weights
+    generate   servers: weights, KV cache     trainer: nothing
+    train      servers: nothing               trainer: weights, gradients, optimizer state
+    sync       servers: weights               trainer: weights
 
 What stays on a device either way: CUDA contexts, communicators, captured graphs, the modules' small buffers.
 
@@ -23,45 +23,45 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.platform import device
-from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.platform.distributed import control_group, from_rank_0
+from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.step import Policy
 
 
 class Placement(Protocol):
-    """The turns. Every method is collective, may be called again without effect, and survives a dead server: the next
-    request to that server finds it dead.
+    """The turns. Every method is collective, may be called again without effect, and survives dead servers: their
+    memory is free, and who needs them next finds them dead.
     """
 
     def start(self, build: Callable[[], Policy]) -> Policy:
-        """Wait for the server and build the policy."""
+        """Wait for the servers and build the policy."""
 
     def for_generation(self) -> None:
-        """The server generates next, with weights that were pushed."""
+        """The servers generate next, with weights that were pushed."""
 
     def for_training(self) -> None:
         """The trainer is whole on its devices: to train, and to write a checkpoint or the model."""
 
     def for_sync(self) -> None:
-        """The trainer's weights and the server's are both on their devices."""
-
-    def for_restart(self) -> None:
-        """A server starts next, and measures what memory is free."""
+        """The trainer's weights and the servers' are both on their devices."""
 
 
 def placement_of(config: RunConfig, experience: Experience | None) -> Placement:
     """`experience` is rank 0's; None on the other ranks."""
-    return Colocated(experience) if config.rollout.placement == "colocated" else Disaggregated(experience)
+    if config.rollout.placement == "colocated":
+        return Colocated(experience, config.sync.timeout_s)
+    return Disaggregated(experience)
 
 
 class Disaggregated:
-    """Trainer and server hold what they have."""
+    """Trainer and servers hold what they have."""
 
     def __init__(self, experience: Experience | None) -> None:
         self._experience = experience
 
     def start(self, build: Callable[[], Policy]) -> Policy:
-        policy = build()  # while the server loads its weights
+        policy = build()  # while the servers load their weights
         if self._experience:
             self._experience.connect()
         return policy
@@ -75,51 +75,54 @@ class Disaggregated:
     def for_sync(self) -> None:
         pass
 
-    def for_restart(self) -> None:
-        pass
-
 
 class Colocated:
-    """Whoever gives memory back does it on every rank before anyone takes it."""
+    """Whoever gives memory back does it on every rank before anyone takes it.
 
-    def __init__(self, experience: Experience | None) -> None:
+    SGLang sizes its KV cache by the memory it finds free, so servers start on empty devices: a dead one in the turn of
+    generation, or when none is left.
+    """
+
+    def __init__(self, experience: Experience | None, timeout_s: float) -> None:
         self._experience = experience
+        self._servers = FleetMemory(experience.fleet, timeout_s) if experience else None
 
     def start(self, build: Callable[[], Policy]) -> Policy:
-        if self._experience:
-            # SGLang sizes its KV cache by the memory it finds free, so it starts on empty devices.
+        if self._experience and self._servers:
             self._experience.connect()
-            self._experience.release_server_memory("kv_cache", "weights")
+            self._servers.release("kv_cache", "weights")
         _barrier()
         policy = build()
         self._trainer = TrainerMemory(policy.chunks, policy.optimizer)
         return policy
 
     def for_generation(self) -> None:
+        """Raises RuntimeError when no push brought the servers' weights back."""
         self._trainer.to_host()
         _barrier()
-        if self._experience:
-            self._experience.resume_server_cache()
+        if self._experience and self._servers and self._experience.fleet.is_lent:
+            if any("weights" in lacking for lacking in self._servers.released.values()):
+                raise RuntimeError("the servers gave their weights up and no sync followed: sync() before generate()")
+            self._servers.resume("kv_cache")
+            self._experience.go_on()
 
     def for_training(self) -> None:
-        if self._experience:
-            self._experience.release_server_memory("kv_cache", "weights")
+        if self._servers:
+            self._servers.release("kv_cache", "weights")
         _barrier()
         self._trainer.to_device()
 
     def for_sync(self) -> None:
-        if self._experience:
-            self._experience.release_server_memory("kv_cache")
-        _barrier()
+        while not from_rank_0(self._servers.release("kv_cache") if self._servers else None):
+            self._trainer.to_host()
+            _barrier()
+            if self._servers:
+                self._servers.wait_any()
         self._trainer.weights_to_device()
         self._trainer.training_state_to_host()
         _barrier()
-        if self._experience:
-            self._experience.resume_server_weights()
-
-    def for_restart(self) -> None:
-        self._trainer.to_host()
-        _barrier()
+        if self._servers:
+            self._servers.resume("weights")
 
 
 def _barrier() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 import torch.distributed as dist
 
@@ -13,7 +13,7 @@ from drpo_megatron.algorithms import compute_advantages
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.observability import Tracker, VerbTimer, progress_display
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
-from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.platform.distributed import control_group, from_rank_0
 from drpo_megatron.records import RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
@@ -23,13 +23,6 @@ from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
 log = logging.getLogger(__name__)
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value`, on every rank. The value must pickle; over gloo, so it may wait as long as a rollout takes."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=control_group())
-    return box[0]
 
 
 class Run:
@@ -69,21 +62,15 @@ class Run:
         self.timer.reset()
 
     def generate(self) -> list[RolloutGroup]:
-        """The groups of this step. When the server dies it is restarted, gets the weights, and makes what is
-        missing.
+        """The groups of this step, sampled and scored. When no server is left, those that come back get the weights and
+        make what is missing.
         """
         with self.timer("generate"):
             self.placement.for_generation()
             while not from_rank_0(self.experience.generate() if self.experience else None):
-                self._replace_server()
+                self._push_weights()
                 self.placement.for_generation()
         return self.experience.take_groups() if self.experience else []
-
-    def score(self, groups: list[RolloutGroup]) -> None:
-        """Set the reward of every rollout."""
-        with self.timer("score"):
-            if self.experience:
-                self.experience.score(groups)
 
     def advantages(self, groups: list[RolloutGroup]) -> None:
         """Set the advantage of every rollout from the rewards of its group."""
@@ -115,32 +102,26 @@ class Run:
         return result
 
     def sync(self) -> None:
-        """Bring the server's weights to this version, and verify them."""
+        """Bring the servers' weights to this version, and verify them."""
         with self.timer("sync"):
-            if not self._push_weights():
-                self._replace_server()
-
-    def _push_weights(self) -> bool:
-        """False when the server died, and so does not have them."""
-        self.placement.for_sync()
-        buckets = iter_hf_tensors(
-            self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
-        )
-        pushed = False
-        if self.experience:
-            pushed = self.experience.push_weights(buckets, self.version)
-        else:
-            for _ in buckets:  # this rank's part in gathering each bucket
-                pass
-        return bool(from_rank_0(pushed))
-
-    def _replace_server(self) -> None:
-        """Restart the dead server and bring it to this version. Raises ServerGaveUp when its restarts are used up."""
-        while True:
-            self.placement.for_restart()
             if self.experience:
-                self.experience.restart_server()
-            if self._push_weights():
+                self.experience.before_sync()
+            self._push_weights()
+
+    def _push_weights(self) -> None:
+        """Raises ServerGaveUp when all servers' restarts are used up: every attempt that fails uses one."""
+        while True:
+            self.placement.for_sync()
+            buckets = iter_hf_tensors(
+                self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
+            )
+            pushed = False
+            if self.experience:
+                pushed = self.experience.push_weights(buckets, self.version)
+            else:
+                for _ in buckets:  # this rank's part in gathering each bucket
+                    pass
+            if from_rank_0(pushed):
                 return
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
@@ -155,7 +136,7 @@ class Run:
             groups,
             gathered,
             verb_seconds=self.timer.seconds(),
-            sync=self.experience.sync_metrics,
+            sync=self.experience.sync_metrics | self.experience.producer.metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from drpo_megatron.records import Prompt, RolloutGroup
+from drpo_megatron.rollout.server import SGLangServer
+
+
+@dataclass
+class OneServer:
+    """A single server as the client sees a fleet."""
+
+    server: SGLangServer
+    api_key: str | None = None
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def serving(self) -> int:
+        return int(self.server.alive())
+
+    def check_soon(self) -> None:
+        raise AssertionError("the server answered with old weights")
 
 
 def make_prompts(count: int, vocab_size: int, length: int = 6) -> list[Prompt]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny_models
-from tests.rollout.helpers import largest_logprob_error, make_prompts, members, perturb, wait_until_gone
+from tests.rollout.helpers import OneServer, largest_logprob_error, make_prompts, members, perturb, wait_until_gone
 
 pytestmark = pytest.mark.server
 
@@ -41,16 +41,17 @@ def trainer(path: Path) -> None:
     model = tiny_models.write("qwen2", path / "copy")
     url = server.wait_ready()
     layout = ServerLayout.from_config(path, 2, torch.float32)
-    weights = WeightSync(url, SyncConfig(bucket_mb=0.05, timeout_s=60), layout, path, path / "sync")
-    driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
+    weights = WeightSync(SyncConfig(bucket_mb=0.05, timeout_s=60), layout, path, path / "sync")
+    weights.connect([url])
+    driver = RolloutDriver(config, OneServer(server), AutoTokenizer.from_pretrained(path))
     perturb(model, 1)
     report = weights.push(model.named_parameters(), 1)
     groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
     errors = {"distributed": largest_logprob_error(groups, model, 1.0)}
     for version, transport in enumerate(("shared_memory", "disk"), start=2):
-        other = WeightSync(
-            url, SyncConfig(transport=transport, bucket_mb=0.05, timeout_s=60), layout, path, path / "sync"
-        )
+        settings = SyncConfig(transport=transport, bucket_mb=0.05, timeout_s=60)
+        other = WeightSync(settings, layout, path, path / "sync")
+        other.connect([url])
         perturb(model, version)
         assert other.push(model.named_parameters(), version).verified == report.verified
         groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))

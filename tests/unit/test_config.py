@@ -221,6 +221,33 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
         (["model.moe_aux_loss_coefficient=0.1"], "model.moe_aux_loss_coefficient: is 0.1 and qwen3 is dense"),
         (["model.moe_z_loss_coefficient=0.1"], "model.moe_z_loss_coefficient: is 0.1 and qwen3 is dense"),
         (["model.moe_bias_update_rate=0.1"], "model.moe_bias_update_rate: is 0.1 and qwen3 is dense"),
+        (["rollout.schedule=asynchronous"], "rollout.max_staleness: is None, and a step makes"),
+        (
+            ["rollout.schedule=asynchronous", "rollout.max_staleness=1", "training.updates_per_batch=2"],
+            "set it to 2 or more",
+        ),
+        (["rollout.schedule=one_step_off", "rollout.max_staleness=0"], "set it to null"),
+        (["rollout.over_sampling=2", "rollout.schedule=one_step_off"], "slow groups delay no step"),
+        (["rollout.function=json:lods"], "rollout.function: module 'json' has no function 'lods'"),
+        (["rollout.server.host=0.0.0.0"], "rollout.server.api_key_env: is required"),
+        (["rollout.server.api_key_env=DRPO_NO_SUCH_KEY"], "has no variable DRPO_NO_SUCH_KEY"),
+        (["rollout.server.addresses=[127.0.0.1:1]"], "is not the address of a server; write http://HOST:PORT"),
+        (["rollout.server.addresses=[http://127.0.0.1:1,http://127.0.0.1:1]"], "names a server twice"),
+        (["rollout.server.addresses=[http://127.0.0.1:1]", "rollout.server.count=2"], "no server is started here"),
+        (["rollout.server.addresses=[http://node7:30000]", "sync.address=10.0.0.1"], "api_key_env: is required"),
+        (
+            ["rollout.server.addresses=[http://node7:30000]", "rollout.server.api_key_env=PATH"],
+            "sync.address: is 127.0.0.1, which servers on other hosts cannot reach",
+        ),
+        (
+            [
+                "rollout.server.addresses=[http://node7:30000]",
+                "rollout.server.api_key_env=PATH",
+                "sync.transport=shared_memory",
+            ],
+            "sync.transport: shared_memory reaches servers on this host only",
+        ),
+        (["sync.directory=elsewhere"], "sync.directory: has no effect with sync.transport = distributed"),
     ],
 )
 def test_cross_checks(config_file: Path, model: Path, overrides: list[str], expected: str) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
-from drpo_megatron.records import Prompt
+from drpo_megatron.records import Prompt, RolloutGroup
 from drpo_megatron.rollout import client as client_module
-from drpo_megatron.rollout.client import GenerationJob, RolloutClient, parse_answer, request_body, token_versions
-from drpo_megatron.rollout.errors import GenerationError, ServerDied, ServerStartError
+from drpo_megatron.rollout.client import Completion, RolloutClient, parse_answer, request_body, token_versions
+from drpo_megatron.rollout.errors import GenerationError, ServerDied, ServerStartError, Stopped
+from drpo_megatron.rollout.sampler import GroupSampler
 from drpo_megatron.rollout.server_args import check_arguments, command_line, installed_arguments
 
 SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=3)
@@ -26,7 +28,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_BACKOFF_S", 0.01)
-    monkeypatch.setattr(client_module, "_DEATH_GRACE_S", 0.05)
 
 
 def config(**changes: Any) -> RolloutConfig:
@@ -52,40 +53,59 @@ async def echo(request: web.Request) -> web.Response:
     return web.json_response([answer([ids[0]] * 3) for ids in body["input_ids"]])
 
 
-def serve(handler: Handler, job: GenerationJob, settings: RolloutConfig, alive: bool = True) -> None:
-    """Run `job` against a server that answers /generate with `handler`."""
+@dataclass
+class Fleet:
+    """What the client sees of the servers."""
 
-    async def main() -> None:
+    url: str
+    alive: bool = True
+    api_key: str | None = None
+    checks: int = 0
+
+    def serving(self) -> int:
+        return int(self.alive)
+
+    def check_soon(self) -> None:
+        self.checks += 1
+
+
+Work = Callable[[RolloutClient, Fleet], Awaitable[Any]]
+
+
+def serve(handler: Handler, work: Work, settings: RolloutConfig, alive: bool = True) -> Any:
+    """What `work` returns with a client of a server that answers /generate with `handler`."""
+
+    async def main() -> Any:
         app = web.Application()
         app.router.add_post("/generate", handler)
-        app.router.add_get("/health_generate", lambda request: healthy())
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        fleet = Fleet(f"http://127.0.0.1:{runner.addresses[0][1]}", alive)
         try:
-            await RolloutClient(f"http://127.0.0.1:{port}", settings, lambda: alive).run(job)
+            async with RolloutClient(fleet, settings) as client:
+                return await work(client, fleet)
         finally:
             await runner.cleanup()
 
-    async def healthy() -> web.Response:
-        return web.json_response({})
-
-    asyncio.run(main())
+    return asyncio.run(main())
 
 
-def test_groups_come_in_order_with_all_samples() -> None:
-    job = GenerationJob(PROMPTS, 2, SAMPLING)
-    with pytest.raises(RuntimeError, match="6 of 6"):
-        job.groups()
-    serve(echo, job, config())
-    groups = job.groups()
-    assert [g.prompt.id for g in groups] == [p.id for p in PROMPTS]
-    for group in groups:
-        assert [r.response_ids for r in group.rollouts] == [[group.prompt.token_ids[0]] * 3] * 2
-        assert all(r.logmu == [0.0, -0.5, -1.0] and r.weight_versions == [3, 3, 3] for r in group.rollouts)
-        assert all(r.truncated for r in group.rollouts)
+async def one(client: RolloutClient, fleet: Fleet) -> tuple[list[Completion], int]:
+    """A request for two samples of one prompt: what came, after how many retries."""
+    return await client.complete([[10, 20]] * 2, SAMPLING), client.retries
+
+
+async def group(client: RolloutClient, fleet: Fleet) -> RolloutGroup:
+    return await GroupSampler(PROMPTS[0], 2, SAMPLING).run(client)
+
+
+def test_a_group_has_all_samples() -> None:
+    made = serve(echo, group, config())
+    assert made.prompt is PROMPTS[0]
+    assert [r.response_ids for r in made.rollouts] == [[10] * 3] * 2
+    assert all(r.logmu == [0.0, -0.5, -1.0] and r.weight_versions == [3, 3, 3] for r in made.rollouts)
+    assert all(r.truncated for r in made.rollouts)
 
 
 def test_concurrency_is_bounded() -> None:
@@ -99,35 +119,45 @@ def test_concurrency_is_bounded() -> None:
         running -= 1
         return await echo(request)
 
-    serve(slow, GenerationJob(PROMPTS, 2, SAMPLING), config(concurrency=2))
+    async def six(client: RolloutClient, fleet: Fleet) -> None:
+        await asyncio.gather(*(one(client, fleet) for _ in range(6)))
+
+    serve(slow, six, config(concurrency=2))
     assert most == 2
 
 
-def test_a_failure_of_a_living_server_is_retried() -> None:
-    asked: list[int] = []
+@pytest.mark.parametrize("failure", ["status", "connection"])
+def test_a_failure_is_retried_while_a_server_lives(failure: str) -> None:
+    asked = 0
 
     async def second_time(request: web.Request) -> web.StreamResponse:
-        first = (await request.json())["input_ids"][0][0]
-        asked.append(first)
-        return await echo(request) if asked.count(first) == 2 else web.Response(status=503, text="busy")
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            return await echo(request)
+        if failure == "connection":
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response(status=503, text="busy")
 
-    job = GenerationJob(PROMPTS, 2, SAMPLING)
-    serve(second_time, job, config())
-    assert len(job.groups()) == 6 and len(asked) == 12 and job.retries == 6
+    completions, retries = serve(second_time, one, config())
+    assert len(completions) == 2 and retries == 1
 
 
-def test_retries_are_bounded_and_the_other_groups_are_kept() -> None:
-    asked: list[int] = []
+def test_retries_are_bounded() -> None:
+    asked = 0
 
-    async def never_the_last(request: web.Request) -> web.StreamResponse:
-        first = (await request.json())["input_ids"][0][0]
-        asked.append(first)
-        return web.Response(status=500, text="out of luck") if first == 15 else await echo(request)
+    async def never(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        return web.Response(status=500, text="out of luck")
 
-    job = GenerationJob(PROMPTS, 2, SAMPLING)
-    with pytest.raises(GenerationError, match=r"3 times although the server lives.*out of luck"):
-        serve(never_the_last, job, config())
-    assert asked.count(15) == 3 and job.missing == [5]
+    with pytest.raises(GenerationError, match=r"3 times although a server lives.*out of luck"):
+        serve(never, one, config())
+    assert asked == 3
+    with pytest.raises(ServerDied, match="out of luck"):
+        serve(never, one, config(), alive=False)
+    assert asked == 4, "with no server left there is nobody to ask again"
 
 
 def test_a_refusal_is_not_retried() -> None:
@@ -139,7 +169,7 @@ def test_a_refusal_is_not_retried() -> None:
         return web.Response(status=400, text="the prompt is too long")
 
     with pytest.raises(GenerationError, match="too long"):
-        serve(refuse, GenerationJob(PROMPTS[:1], 2, SAMPLING), config())
+        serve(refuse, one, config())
     assert asked == 1
 
 
@@ -149,68 +179,109 @@ def test_a_slow_answer_times_out() -> None:
         return await echo(request)
 
     with pytest.raises(GenerationError, match="no answer within"):
-        serve(hang, GenerationJob(PROMPTS[:1], 2, SAMPLING), config(request_timeout_s=0.05))
-
-
-def test_after_a_death_only_the_missing_groups_are_asked_for() -> None:
-    job = GenerationJob(PROMPTS, 2, SAMPLING)
-
-    async def die_at_the_fourth(request: web.Request) -> web.StreamResponse:
-        if (await request.json())["input_ids"][0][0] >= 13:
-            assert request.transport is not None
-            request.transport.abort()
-        return await echo(request)
-
-    with pytest.raises(ServerDied):
-        serve(die_at_the_fourth, job, config(concurrency=1), alive=False)
-    assert job.missing == [3, 4, 5]
-    kept = dict(job.completed)
-    asked: list[int] = []
-
-    async def record(request: web.Request) -> web.StreamResponse:
-        asked.append((await request.json())["input_ids"][0][0])
-        return await echo(request)
-
-    serve(record, job, config())
-    assert sorted(asked) == [13, 14, 15]
-    assert all(job.completed[i] is group for i, group in kept.items()) and len(job.groups()) == 6
-
-
-def test_a_broken_connection_to_a_living_server_is_retried() -> None:
-    broken = 0
-
-    async def break_once(request: web.Request) -> web.StreamResponse:
-        nonlocal broken
-        if not broken:
-            broken += 1
-            assert request.transport is not None
-            request.transport.abort()
-        return await echo(request)
-
-    job = GenerationJob(PROMPTS[:1], 2, SAMPLING)
-    serve(break_once, job, config())
-    assert broken == 1 and job.retries == 1 and len(job.groups()) == 1
+        serve(hang, one, config(request_timeout_s=0.05))
 
 
 def test_nobody_listens() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        for alive in (False, True):  # a process that does not accept connections is as good as dead
-            client = RolloutClient(url, config(), lambda alive=alive: alive)
-            with pytest.raises(ServerDied):
-                asyncio.run(client.run(GenerationJob(PROMPTS, 2, SAMPLING)))
+
+        async def ask(alive: bool) -> None:
+            async with RolloutClient(Fleet(url, alive), config()) as client:
+                await client.complete([[1]], SAMPLING)
+
+        with pytest.raises(ServerDied):
+            asyncio.run(ask(False))
+        with pytest.raises(GenerationError, match="3 times"):
+            asyncio.run(ask(True))
+
+
+def test_old_weights_are_never_accepted() -> None:
+    """A server that came back with the weights of its start: its answer is asked for again, and it is looked at."""
+    versions = ["3", "4", "6"]
+
+    async def catch_up(request: web.Request) -> web.StreamResponse:
+        version = versions.pop(0)
+        return web.json_response([answer([7, 8], version)] * 2)
+
+    async def at_five(client: RolloutClient, fleet: Fleet) -> tuple[list[Completion], int]:
+        client.version = 5
+        return (await one(client, fleet))[0], fleet.checks
+
+    completions, checks = serve(catch_up, at_five, config())
+    assert all(c.weight_versions == [6, 6] for c in completions)
+    assert checks == 2 and not versions
+
+
+def test_an_aborted_sample_goes_on_where_it_was() -> None:
+    asked: list[Any] = []
+
+    async def abort_the_second(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        asked.append(body)
+        answers = [answer([7, 8, 9][: 3 - len(ids) + 2], str(len(asked))) for ids in body["input_ids"]]
+        if len(asked) == 1:
+            answers[1] = answer([5], "1")
+            answers[1]["meta_info"]["finish_reason"] = {"type": "abort"}
+        return web.json_response(answers)
+
+    made = serve(abort_the_second, group, config())
+    assert asked[1]["input_ids"] == [[10, 20, 5]]
+    assert [p["max_new_tokens"] for p in asked[1]["sampling_params"]] == [2]
+    first, second = made.rollouts
+    assert first.response_ids == [7, 8, 9] and first.weight_versions == [1, 1, 1]
+    assert second.response_ids == [5, 7, 8] and second.weight_versions == [1, 2, 2]
+    assert second.logmu == [0.0, 0.0, -0.5] and second.finish_reason == "length"
+
+
+def test_what_was_sampled_is_kept_over_a_stop_and_dropped_when_too_old() -> None:
+    asked: list[Any] = []
+    stopped = asyncio.Event()
+
+    async def abort_first(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        asked.append(body["input_ids"])
+        await stopped.wait()
+        aborted = answer([5], "1")
+        aborted["meta_info"]["finish_reason"] = {"type": "abort"}
+        ended = answer([7, 8], "4")
+        return web.json_response([aborted if len(asked) == 1 else ended for _ in body["input_ids"]])
+
+    async def stop_and_go_on(client: RolloutClient, fleet: Fleet) -> RolloutGroup:
+        sampler = GroupSampler(PROMPTS[0], 2, SAMPLING)
+        running = asyncio.create_task(sampler.run(client))
+        while not asked:
+            await asyncio.sleep(0.001)
+        client.stopped = True
+        stopped.set()
+        with pytest.raises(Stopped):
+            await running
+        assert sampler.tokens == 2
+        sampler.drop_older_than(1)
+        assert sampler.tokens == 2
+        with pytest.raises(Stopped):
+            await sampler.run(client)
+        client.stopped = False
+        kept = await sampler.run(client)
+        sampler.drop_older_than(2)
+        assert sampler.tokens == 0
+        return kept
+
+    made = serve(abort_first, stop_and_go_on, config())
+    assert asked == [[[10, 20]] * 2, [[10, 20, 5]] * 2]
+    assert [r.response_ids for r in made.rollouts] == [[5, 7, 8]] * 2
 
 
 def test_only_the_temperature_shapes_the_distribution() -> None:
-    body = request_body(PROMPTS[0], 2, SAMPLING)
+    body = request_body([[10, 20]] * 2, SAMPLING)
     assert body["input_ids"] == [[10, 20], [10, 20]] and body["return_logprob"] is True
     parameters = body["sampling_params"]
     assert parameters["temperature"] == 0.7 and parameters["max_new_tokens"] == 3
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert "stop" not in parameters
     stop = SamplingConfig(max_new_tokens=3, stop=["\n"])
-    assert request_body(PROMPTS[0], 2, stop)["sampling_params"]["stop"] == ["\n"]
+    assert request_body([[10, 20]], stop)["sampling_params"]["stop"] == ["\n"]
 
 
 def test_a_version_a_token() -> None:
@@ -236,7 +307,7 @@ def test_answers_that_do_not_fit_are_refused() -> None:
         (unknown, "tired"),
     ):
         with pytest.raises(GenerationError, match=message):
-            parse_answer(PROMPTS[0], wrong)
+            parse_answer([10, 20], wrong)
 
 
 def test_arguments_are_checked_against_the_installed_sglang() -> None:

@@ -14,6 +14,7 @@ from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.client import parse_answer, request_body
 from drpo_megatron.rollout.errors import GenerationError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
+from drpo_megatron.rollout.turns import Trajectory
 from drpo_megatron.training.packing import pack, train_sequences
 from tests import tiny_models
 from tests.unit.test_rollout_client import SAMPLING, answer
@@ -44,12 +45,12 @@ def test_the_format_is_the_models() -> None:
 
 
 def test_experts_are_asked_for_and_decoded() -> None:
-    assert "return_routed_experts" not in request_body(PROMPT, 2, SAMPLING)
-    assert request_body(PROMPT, 2, SAMPLING, routed_experts=True)["return_routed_experts"] is True
-    rollout = parse_answer(PROMPT, with_experts(experts()), FORMAT)
+    assert "return_routed_experts" not in request_body([PROMPT.token_ids] * 2, SAMPLING)
+    assert request_body([PROMPT.token_ids] * 2, SAMPLING, routed_experts=True)["return_routed_experts"] is True
+    rollout = parse_answer(PROMPT.token_ids, with_experts(experts()), FORMAT)
     assert rollout.routed_experts is not None and rollout.routed_experts.dtype == np.int16
     np.testing.assert_array_equal(rollout.routed_experts, experts()[:, 1:])
-    assert parse_answer(PROMPT, with_experts(None)).routed_experts is None
+    assert parse_answer(PROMPT.token_ids, with_experts(None)).routed_experts is None
 
 
 def changed(position: int, layer: int, values: list[int]) -> np.ndarray:
@@ -71,22 +72,28 @@ def changed(position: int, layer: int, values: list[int]) -> np.ndarray:
 )
 def test_wrong_experts_are_refused(recorded: np.ndarray | None, message: str) -> None:
     with pytest.raises(GenerationError, match=message):
-        parse_answer(PROMPT, with_experts(recorded), FORMAT)
+        parse_answer(PROMPT.token_ids, with_experts(recorded), FORMAT)
 
 
 def test_a_damaged_encoding_is_refused() -> None:
     damaged = with_experts(experts())
     damaged["meta_info"]["routed_experts"] = "not base64!"
     with pytest.raises(GenerationError, match="cannot be decoded"):
-        parse_answer(PROMPT, damaged, FORMAT)
+        parse_answer(PROMPT.token_ids, damaged, FORMAT)
+
+
+def rollout_of(sampled: dict[str, Any], format: RoutedExpertsFormat | None = None) -> Rollout:
+    trajectory = Trajectory(PROMPT)
+    trajectory.sampled(parse_answer(PROMPT.token_ids, sampled, format))
+    return trajectory.rollout()
 
 
 def test_the_dump_says_what_it_leaves_out() -> None:
-    rollout = parse_answer(PROMPT, with_experts(experts()), FORMAT)
+    rollout = rollout_of(with_experts(experts()), FORMAT)
     record = json.loads(json.dumps(rollout.to_json()))
     assert record["left_out"] == {"routed_experts": [6, 2, 2]} and "routed_experts" not in record
     assert rollout.routed_experts is not None
-    dense = parse_answer(PROMPT, with_experts(None)).to_json()
+    dense = rollout_of(with_experts(None)).to_json()
     assert "left_out" not in dense and "routed_experts" not in dense
 
 
