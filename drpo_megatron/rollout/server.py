@@ -55,7 +55,7 @@ class SGLangServer:
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
-        self._log_path = log_path
+        self.log_path = log_path
         self._arguments: dict[str, Any] = sglang_default_args() | config.args
         self._arguments |= {
             "model_path": str(model_path),
@@ -107,8 +107,8 @@ class SGLangServer:
                 "rollout.server.port to another port or to null for a free one"
             )
         command, environment = self.command(self._port)
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 command,
@@ -166,7 +166,7 @@ class SGLangServer:
             self.stop()
             raise ServerGaveUp(
                 f"the server died {self.restarts + 1} times and rollout.server.max_restarts is "
-                f"{self._config.max_restarts}: find the cause in {self._log_path}; {self._log_tail()}"
+                f"{self._config.max_restarts}: find the cause in {self.log_path}; {self._log_tail()}"
             )
         self.stop()
         time.sleep(_BACKOFF_S * 2**self.restarts)
@@ -190,10 +190,10 @@ class SGLangServer:
         self.stop()
 
     def _log_tail(self) -> str:
-        with self._log_path.open("rb") as log:
+        with self.log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
-        return f"end of {self._log_path}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:])
+        return f"end of {self.log_path}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:])
 
 
 def server_of(config: RunConfig) -> SGLangServer:

@@ -20,6 +20,7 @@ from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.server import server_of
+from drpo_megatron.rollout.state import server_state
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 
@@ -85,6 +86,10 @@ class Experience:
     def restart_server(self) -> None:
         """Raises ServerGaveUp after `rollout.server.max_restarts`. The new server needs the weights."""
         self.weights.reconnect(self.driver.restart_server())
+
+    def server_states(self) -> list[str]:
+        """Lines for the report on a run that stands still; bounded in time."""
+        return server_state("rollout server", self.server.url, self.server.pid, self.server.log_path)
 
     def score(self, groups: list[RolloutGroup]) -> None:
         """Set reward and reward_error of every rollout."""
