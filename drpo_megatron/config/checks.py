@@ -31,6 +31,7 @@ def check_config(config: RunConfig) -> None:
         *_data(config),
         *_reward(config),
         *rollout_problems(config),
+        *_timeouts(config),
         *_model(config),
     ]
     if problems:
@@ -39,7 +40,7 @@ def check_config(config: RunConfig) -> None:
 
 def notes(config: RunConfig) -> list[str]:
     """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
-    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config)]
+    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config), *_timeout_note(config)]
 
 
 def _budget_note(config: RunConfig) -> Iterator[str]:
@@ -59,6 +60,19 @@ def _sharing_note(config: RunConfig) -> Iterator[str]:
             f"training.shared_prefix is auto and parallel.context is {context}: a prefix is not split over "
             "context-parallel ranks, so every response is computed with its own copy of the prompt"
         )
+
+
+def _timeout_note(config: RunConfig) -> Iterator[str]:
+    """A verb may wait for a request, for a sync, and for the restart of a server."""
+    limits = {
+        "rollout.request_timeout_s": config.rollout.request_timeout_s,
+        "rollout.server.start_timeout_s": config.rollout.server.start_timeout_s,
+        "sync.timeout_s": config.sync.timeout_s,
+    }
+    verb = config.training.verb_timeout_s
+    longer = [f"{key} = {seconds:g}" for key, seconds in limits.items() if verb is not None and seconds >= verb]
+    if longer:
+        yield (f"training.verb_timeout_s is {verb:g}, not above {', '.join(longer)}: what waits so long ends the run")
 
 
 def _boundary_note(config: RunConfig) -> Iterator[str]:
@@ -156,6 +170,15 @@ def _reward(config: RunConfig) -> Iterator[str]:
                 yield f"reward.extract: {reward.extract!r} has no group; put the answer's part in parentheses"
         except re.error as error:
             yield f"reward.extract: {reward.extract!r} is not a regular expression ({error}); correct it"
+
+
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    if training.verb_timeout_s is not None and training.timeout_s <= training.verb_timeout_s:
+        yield (
+            f"training.timeout_s: is {training.timeout_s:g}, and a collective would end the job, without a report, "
+            f"before training.verb_timeout_s = {training.verb_timeout_s:g}; raise the first or lower the second"
+        )
 
 
 def _model(config: RunConfig) -> Iterator[str]:

@@ -123,6 +123,44 @@ def test_nothing_is_left_running(tmp_path: Path, victim: str) -> None:
         assert "nothing is left running" in errors
 
 
+@pytest.mark.parametrize("stopped", ["the whole group", "the scheduler"])
+def test_a_stopped_server_is_explained(tmp_path: Path, stopped: str) -> None:
+    """SIGSTOP in mid-run: the server neither dies nor answers. With its scheduler alone stopped it still answers
+    /model_info, and generates nothing.
+    """
+    limit = ["training.verb_timeout_s=20", "training.steps=1000"]
+    with subprocess.Popen(
+        command(tmp_path, *limit), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
+        family = psutil.Process(process.pid).children(recursive=True)
+        server = server_process(process.pid)
+        if stopped == "the whole group":
+            os.killpg(server.pid, signal.SIGSTOP)
+            victim = server.pid
+        else:
+            victim = next(p.pid for p in server.children(recursive=True) if p.name().startswith("sglang::schedul"))
+            os.kill(victim, signal.SIGSTOP)
+        steps = len(metrics(tmp_path))
+        output, _ = process.communicate(timeout=LIMIT_S)
+        _, alive = psutil.wait_procs(family, timeout=60)
+    assert process.returncode == 75, output
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert len(metrics(tmp_path)) <= steps + 1
+    log = tmp_path / "run" / "log"
+    stacks = [(log / f"stacks_rank_{rank}.txt").read_text() for rank in (0, 1)]
+    verb = next(name for name in ("generate", "sync") if f", {name}: not done after 20 s" in stacks[0])
+    assert all(f"rank {rank}, step " in text and f", {verb}: not done" in text for rank, text in enumerate(stacks))
+    waits_in = {"generate": 'rollout/driver.py", line', "sync": 'rollout/admin.py", line'}
+    assert f"in {verb}\n" in stacks[0] and waits_in[verb] in stacks[0]
+    assert f"in {verb}\n" in stacks[1] and "in broadcast" in stacks[1]
+    assert f"process {victim} (" in output and "stopped by a signal (SIGSTOP)" in output
+    answer = "answers, weight version" if stopped == "the scheduler" else "/model_info did not answer within 2 s"
+    for text in (output, (log / "error_rank_0.txt").read_text(), (log / "rank_0.log").read_text()):
+        assert f"{verb}: not done after 20 s; the limit is training.verb_timeout_s = 20 s" in text
+        assert answer in text and str(log / "stacks_rank_*.txt") in text and str(log / "server.log") in text
+
+
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     before = set(psutil.pids())
     done = subprocess.run([*command(tmp_path), "--dry-run"], capture_output=True, text=True, check=True)
