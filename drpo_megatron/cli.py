@@ -22,7 +22,9 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 130 interrupted."""
+    """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 75 it stood still and the
+    watchdog ended it (a scheduler may start it again), 130 interrupted.
+    """
     parsed = parse_arguments(arguments)
     try:
         sys.exit(parsed.command(parsed))
@@ -117,7 +119,7 @@ def _train(parsed: argparse.Namespace) -> int:
     failure = local.read_failure(config)
     reason = f"rank {failure.rank}: {failure.message}" if failure else f"torchrun ended with code {code}"
     print(f"drpo: the run failed. {reason}\nlogs: {directory / 'log'}", file=sys.stderr)
-    return EXIT_FAILED
+    return failure.code if failure else EXIT_FAILED
 
 
 def _settings(parsed: argparse.Namespace) -> int:

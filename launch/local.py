@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drpo_megatron.config import RunConfig, dump_config
+from drpo_megatron.observability.watchdog import EXIT_STALLED, stalls
 from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.platform.process import HUGE_PAGES, die_with_parent, stop_group
@@ -44,10 +45,11 @@ def training_environment(config: RunConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended early: the first rank that said so, and its message."""
+    """Why a run ended early: the first rank that said so, its message, and the exit code of `drpo train`."""
 
     rank: int
     message: str
+    code: int
 
 
 def prepare_run_directory(config: RunConfig) -> Path | None:
@@ -65,11 +67,17 @@ def prepare_run_directory(config: RunConfig) -> Path | None:
 
 
 def read_failure(config: RunConfig) -> Failure | None:
-    """The earliest error that a rank recorded in the run's log directory."""
-    records = sorted((config.run_directory / "log").glob("error_rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
+    """What a watchdog says, or else the earliest error that a rank recorded in the run's log directory.
+
+    A rank that the watchdog ends breaks the connections of others, which may record that.
+    """
+    directory = config.run_directory / "log"
+    for rank, message in stalls(directory):
+        return Failure(rank, message, EXIT_STALLED)
+    records = sorted(directory.glob("error_rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
     if not records:
         return None
-    return Failure(int(records[0].stem.rsplit("_", 1)[1]), records[0].read_text().strip())
+    return Failure(int(records[0].stem.rsplit("_", 1)[1]), records[0].read_text().strip(), code=1)
 
 
 def run(config: RunConfig, layout: ParallelLayout) -> int:

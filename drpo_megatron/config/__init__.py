@@ -1,7 +1,8 @@
 """The configuration of a run: schema, loading, cross-checks. No torch, no transformers: commands must start fast."""
 
-from drpo_megatron.config.checks import check_config, notes
+from drpo_megatron.config.checks import check_config
 from drpo_megatron.config.load import ConfigError, FieldHelp, dump_config, field_help, load_config, setting_reference
+from drpo_megatron.config.run_notes import notes
 from drpo_megatron.config.schema import DataConfig, RewardConfig, RunConfig, TrackingConfig
 
 __all__ = [

@@ -10,7 +10,7 @@ from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
-from drpo_megatron.config.rollout_checks import placement_notes, rollout_problems
+from drpo_megatron.config.rollout_checks import rollout_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
 
 if TYPE_CHECKING:
@@ -31,43 +31,11 @@ def check_config(config: RunConfig) -> None:
         *_data(config),
         *_reward(config),
         *rollout_problems(config),
+        *_timeouts(config),
         *_model(config),
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def notes(config: RunConfig) -> list[str]:
-    """What a user should know about legal settings that may not do what they look like. Said once, at the start."""
-    return [*_boundary_note(config), *_budget_note(config), *_sharing_note(config), *placement_notes(config)]
-
-
-def _budget_note(config: RunConfig) -> Iterator[str]:
-    budget = config.training.tokens_per_micro_batch
-    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
-    if budget < longest:
-        yield (
-            f"training.tokens_per_micro_batch is {budget}, and a sequence may have data.max_prompt_tokens + "
-            f"rollout.sampling.max_new_tokens = {longest} tokens: a longer one is a micro-batch above the budget"
-        )
-
-
-def _sharing_note(config: RunConfig) -> Iterator[str]:
-    context = config.layout.context
-    if config.training.shared_prefix == "auto" and context > 1:
-        yield (
-            f"training.shared_prefix is auto and parallel.context is {context}: a prefix is not split over "
-            "context-parallel ranks, so every response is computed with its own copy of the prompt"
-        )
-
-
-def _boundary_note(config: RunConfig) -> Iterator[str]:
-    delta = config.algorithm.loss_args.get("delta")
-    if isinstance(delta, int | float) and delta >= 1:
-        yield (
-            f"algorithm.loss_args.delta is {delta}, and |π − μ| is at most 1: the boundary of the trust region is "
-            f"never reached, and weights stay within 1 ± {1 / delta:.3g}"
-        )
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:
@@ -156,6 +124,15 @@ def _reward(config: RunConfig) -> Iterator[str]:
                 yield f"reward.extract: {reward.extract!r} has no group; put the answer's part in parentheses"
         except re.error as error:
             yield f"reward.extract: {reward.extract!r} is not a regular expression ({error}); correct it"
+
+
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    if training.verb_timeout_s is not None and training.timeout_s <= training.verb_timeout_s:
+        yield (
+            f"training.timeout_s: is {training.timeout_s:g}, and a collective would end the job, without a report, "
+            f"before training.verb_timeout_s = {training.verb_timeout_s:g}; raise the first or lower the second"
+        )
 
 
 def _model(config: RunConfig) -> Iterator[str]:

@@ -98,6 +98,10 @@ class RewardConfig(Section):
     """Seconds for one sample; a later answer is reward 0, counted and logged."""
     workers: int = Field(1, gt=0)
     """Processes that verify."""
+    memory_mb: int | None = Field(4096, gt=0)
+    """Address space of each of them, in MiB (RLIMIT_AS); a sample that needs more is reward 0, counted and logged.
+    math-verify takes 83, reasoning-gym 241, a function that imports torch 3200, one that uses CUDA far more than the
+    memory. null: no limit."""
 
 
 class SamplingConfig(Section):
@@ -176,9 +180,9 @@ class RolloutConfig(Section):
     request_retries: int = Field(6, ge=0)
     """Retries of a request that failed while a server is alive."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """Where the servers run: on devices of their own, or on the trainer's, which both then hold in turns. colocated: the
-    trainer waits in host memory while the servers generate, and the servers give up their KV cache and weights while
-    the trainer trains. It needs the synchronous schedule."""
+    """Where the servers run: on devices of their own, or on the trainer's, which both then hold in turns.
+    colocated: the trainer waits in host memory while the servers generate, and the servers give up their KV cache and
+    weights while the trainer trains. It needs the synchronous schedule."""
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     router: RouterConfig = Field(default_factory=lambda: RouterConfig())
 
@@ -288,8 +292,13 @@ class TrainingConfig(Section):
     """The same sequences and weights give the same bits: deterministic kernels and collectives, slower on a GPU."""
     max_skipped_updates: int = Field(3, gt=0)
     """Stop with a report after this many updates in a row with a non-finite gradient norm."""
-    timeout_s: float = Field(1800.0, gt=0)
-    """Limit of a collective; a rank that waits longer ends the job."""
+    verb_timeout_s: float | None = Field(3600.0, gt=0, le=86400)
+    """Limit of each verb of the main loop (generate, train, sync, …) and of what stands between two. Behind it the run
+    has stalled: every rank writes its stacks and rank 0 the state of the rollout servers, and `drpo train` ends with
+    code 75. Longer than the slowest step's slowest verb, with the restart of a server. null: no limit."""
+    timeout_s: float = Field(7200.0, gt=0)
+    """Limit of a collective; a rank that waits longer ends the job with an error. Above verb_timeout_s, which also says
+    what the other ranks were doing."""
     export: bool = True
     """Write the trained model as a Hugging Face directory (`hf/` of the run) at the end."""
 

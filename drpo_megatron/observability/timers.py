@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -11,18 +11,22 @@ class VerbTimer:
     """`with timer("train"): ...` adds to that verb's seconds; a verb may be timed several times in a step.
 
     On a GPU it measures what the host waits for: a verb that only enqueues kernels is charged to the verb that waits.
+    `watch` hears when a verb begins, by its name, and when what follows it begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[str], None] | None = None) -> None:
+        self._watch = watch or (lambda _: None)
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, verb: str) -> Iterator[None]:
+        self._watch(verb)
         start = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[verb] = self._seconds.get(verb, 0.0) + time.perf_counter() - start
+            self._watch(f"what follows {verb}")
 
     def reset(self) -> None:
         """Begin a new step."""

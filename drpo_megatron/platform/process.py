@@ -1,4 +1,4 @@
-"""Child processes: their environment, and that they cannot outlive the run."""
+"""Child processes: their environment, their state, and that they cannot outlive the run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import ctypes
 import os
 import signal
 import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Environment of a process with large tensors in host memory: torch asks for huge pages, where the kernel gives them on
@@ -35,3 +37,40 @@ def stop_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """A process as /proc shows it. `state` is its letter there: R runs, S waits, T is stopped, Z has ended …"""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    group: int
+
+
+def processes() -> list[ProcessState]:
+    """Every process of this host that the caller may see, by id (Linux)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                before, after = (entry / "stat").read_text(errors="replace").rsplit(")", 1)
+                state, parent, group = after.split()[:3]
+                name = before.split("(", 1)[1]
+                found.append(ProcessState(int(entry.name), name, state, int(parent), int(group)))
+    return sorted(found, key=lambda process: process.pid)
+
+
+def kill_descendants() -> None:
+    """SIGKILL to all that this process started, directly and indirectly, in whatever group or session it is."""
+    for _ in range(3):  # what was started while we looked is found by the next look
+        family, running = {os.getpid()}, []
+        states = processes()
+        while more := [p for p in states if p.parent in family and p.pid not in family]:
+            family |= {p.pid for p in more}
+            running += [p.pid for p in more if p.state not in "ZX"]
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

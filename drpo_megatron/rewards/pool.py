@@ -1,4 +1,5 @@
-"""A pool of verifier processes. A sample that raises, hangs or kills its process costs its own reward and nothing else.
+"""A pool of verifier processes. A sample that raises, hangs, eats memory or kills its process costs its own reward and
+nothing else.
 
 Each process has a thread that feeds it, so that a hung one is killed and replaced while the others go on. The
 processes are commands of their own and not multiprocessing's, on which the process-pool libraries build: its spawned
@@ -54,9 +55,9 @@ class RewardPool:
     def score(self, rollouts: Sequence[Rollout]) -> None:
         """Set `reward` and `reward_error` of each rollout; wait for all of them.
 
-        A verifier that raises, returns anything but a finite number, dies, or takes longer than reward.timeout_s gives
-        reward 0 and the reason in `reward_error`, and a warning with the prompt's id in the log. Raises RewardError
-        when a verifier process cannot be started.
+        A verifier that raises, returns anything but a finite number, dies, takes longer than reward.timeout_s or more
+        memory than reward.memory_mb gives reward 0 and the reason in `reward_error`, and a warning with the prompt's id
+        in the log. Raises RewardError when a verifier process cannot be started.
         """
         answers = self._submit(rollouts)
         for number, (rollout, answer) in enumerate(zip(rollouts, answers, strict=True)):
@@ -181,9 +182,13 @@ class _Feeder(threading.Thread):
         try:
             self._connection.send(sample)
             if self._connection.poll(self._reward.timeout_s):
-                answer: Answer = self._connection.recv()
-                return answer
-            reason = f"the verifier took longer than {self._reward.timeout_s:g} s"
+                answer: Answer | None = self._connection.recv()
+                if answer is not None:
+                    return answer
+                # The process lives, and is replaced: what it still holds would cost later samples their reward.
+                reason = f"the verifier ran out of memory (reward.memory_mb is {self._reward.memory_mb})"
+            else:
+                reason = f"the verifier took longer than {self._reward.timeout_s:g} s"
         except (EOFError, OSError):
             reason = f"the verifier's process ended ({self._ending()})"
         self.kill_process()

@@ -30,9 +30,14 @@ def make_verifier(reward: RewardConfig, data: DataConfig) -> Verifier:
 def checked_reward(
     verifier: Verifier, text: str, answer: str | None, metadata: dict[str, Any]
 ) -> tuple[float, str | None]:
-    """(reward, None), or (0.0, reason) when the verifier raises or returns anything but a finite number."""
+    """(reward, None), or (0.0, reason) when the verifier raises or returns anything but a finite number.
+
+    Raises MemoryError when the verifier does: the process may still hold what it allocated.
+    """
     try:
         value = verifier(text, answer, metadata)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a verifier raises is counted and logged, and the run goes on
         return 0.0, f"the verifier raised {type(error).__name__}: {error}"
     if not isinstance(value, numbers.Real):

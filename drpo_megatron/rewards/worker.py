@@ -1,17 +1,38 @@
 """One verifier process: `python -m drpo_megatron.rewards.worker FD`, FD being its end of a socket pair.
 
 Protocol (pickled): it gets (RewardConfig, DataConfig), answers None when ready or the reason why it cannot be; then for
-each (text, answer, metadata) it answers (reward, error). It ends when the other side is closed.
+each (text, answer, metadata) it answers (reward, error), or None when it ran out of memory. It ends when the other side
+is closed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
 
 from drpo_megatron.platform.process import die_with_parent
 from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
+
+
+def limit_memory(memory_mb: int | None) -> None:
+    """Bound this process's address space; an allocation behind it fails. A lower limit that is in force stays."""
+    if memory_mb is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = memory_mb * 2**20 if hard == resource.RLIM_INFINITY else min(memory_mb * 2**20, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a failed allocation is behind `error`: an import hides it behind errors of its own."""
+    while error is not None:
+        # The dynamic loader's words for a library that does not fit into the address space.
+        if isinstance(error, MemoryError) or "failed to map segment" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def main(fd: int) -> None:
@@ -21,14 +42,19 @@ def main(fd: int) -> None:
     connection = Connection(fd)
     try:
         reward, data = connection.recv()
+        limit_memory(reward.memory_mb)
         try:
             verifier = make_verifier(reward, data)
         except Exception as error:  # noqa: BLE001 - sent to the pool, which raises it
-            connection.send(f"{type(error).__name__}: {error}")
+            hint = f" (it does not fit into reward.memory_mb = {reward.memory_mb}: raise that)"
+            connection.send(f"{type(error).__name__}: {error}{hint if ran_out_of_memory(error) else ''}")
             return
         connection.send(None)
         while True:
-            connection.send(checked_reward(verifier, *connection.recv()))
+            sample, answer = connection.recv(), None
+            with contextlib.suppress(MemoryError):
+                answer = checked_reward(verifier, *sample)
+            connection.send(answer)  # what the verifier allocated went with the exception: there is memory again
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the trainer closed its end, or is gone
 

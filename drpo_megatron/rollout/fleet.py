@@ -27,6 +27,7 @@ from drpo_megatron.rollout.errors import ServerError, ServerGaveUp, ServersFaile
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import ExternalServer, Server, SGLangServer
+from drpo_megatron.rollout.state import server_state
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +238,20 @@ class Fleet:
         """One line a server: address, state, weight version, restarts, last failure."""
         with self._changed:
             return [member.row() for member in self._members]
+
+    def states(self) -> list[str]:
+        """For the report on a run that stands still: the table, and what can be seen of every server from outside. Does
+        not wait for the fleet's lock, whose holder may be what hangs; bounded in time.
+        """
+        rows = [member.row() for member in self._members]
+
+        def look(member: Member) -> list[str]:
+            log_path = member.server.log_path if isinstance(member.server, SGLangServer) else None
+            return server_state(member.name, member.server.url, member.server.pid, log_path, self.api_key)
+
+        seen = [m for m in self._members if m.state not in (State.RESTING, State.LOST)]
+        with ThreadPoolExecutor(max_workers=len(self._members)) as pool:
+            return rows + [line for lines in pool.map(look, seen) for line in lines]
 
     @property
     def restarts(self) -> int:

@@ -87,7 +87,7 @@ class SGLangServer:
         self._config = config
         self._colocated = colocated
         self._index = index
-        self._log_path = log_path
+        self.log_path = log_path
         self._api_key = api_key
         self._arguments: dict[str, Any] = sglang_default_args() | config.args
         self._arguments |= {
@@ -142,8 +142,8 @@ class SGLangServer:
                 "rollout.server.port to another port or to null for a free one"
             )
         command, environment = self.command()
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 command + self._key_file(),
@@ -211,14 +211,14 @@ class SGLangServer:
 
     def log_tail(self) -> str:
         """The last lines that the server wrote since its last start."""
-        with self._log_path.open("rb") as log:
+        with self.log_path.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
-        return f"end of {self._log_path}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:])
+        return f"end of {self.log_path}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:])
 
     @property
     def _key_path(self) -> Path:
-        return self._log_path.with_suffix(".key.yaml")
+        return self.log_path.with_suffix(".key.yaml")
 
     def _key_file(self) -> list[str]:
         """The argument that hands over the API key: in a file for this user alone, where a command line is public."""

@@ -106,6 +106,10 @@ class Experience:
         except ServerDied as death:
             log.warning("what was in flight begins again after the sync: %s", death)
 
+    def server_states(self) -> list[str]:
+        """Lines for the report on a run that stands still; bounded in time."""
+        return self.fleet.states()
+
     def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> bool:
         """Send the stream of full tensors to the servers that are up; wait for one if none is. False when one of them
         died meanwhile; the stream is used up either way.

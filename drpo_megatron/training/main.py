@@ -37,7 +37,8 @@ def interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    """Ends the process with 0, 1 after an error (recorded in the run's log directory), 130 when it was told to stop.
+    """Ends the process with 0, 1 after an error (recorded in the run's log directory), 75 when the watchdog found that
+    the run stands still (recorded too), 130 when it was told to stop.
 
     Rank 0 turns SIGTERM into an exception, because it has a server to stop; the other ranks die of it at once, which
     also releases rank 0 from a collective.
@@ -52,6 +53,7 @@ def main() -> None:
     torch.set_num_threads(config.training.threads)
     code = 0
     try:
+        from drpo_megatron.observability import Watchdog
         from drpo_megatron.training.loop import train
         from drpo_megatron.training.run import Run
 
@@ -61,7 +63,10 @@ def main() -> None:
             seed=config.seed,
             deterministic=config.training.deterministic,
         )
-        with Run(config, terminal) as run:
+        with (
+            Watchdog(config.training.verb_timeout_s, rank, log_directory) as watchdog,
+            Run(config, terminal, watchdog) as run,
+        ):
             train(run)
         distributed.shutdown()
     except KeyboardInterrupt:

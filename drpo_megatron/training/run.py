@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from drpo_megatron.algorithms import compute_advantages
 from drpo_megatron.config.schema import RunConfig
-from drpo_megatron.observability import Tracker, VerbTimer, progress_display
+from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0
 from drpo_megatron.records import RolloutGroup
@@ -33,17 +33,19 @@ class Run:
     them.
     """
 
-    def __init__(self, config: RunConfig, terminal: TextIO | None) -> None:
+    def __init__(self, config: RunConfig, terminal: TextIO | None, watchdog: Watchdog) -> None:
         self.config = config
         self.terminal = terminal
         self.version = 0
-        self.timer = VerbTimer()
+        self.watchdog = watchdog
+        self.timer = VerbTimer(watchdog.watch)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as started:
             self.experience: Experience | None = None
             if dist.get_rank() == 0:
                 self.experience = started.enter_context(Experience(self.config))
+                self.watchdog.server_states = self.experience.server_states
                 self.tracker = started.enter_context(Tracker(self.config))
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.placement = placement_of(self.config, self.experience)
@@ -58,7 +60,7 @@ class Run:
         self.resources.close()
 
     def begin(self, step: int) -> None:
-        self.step = step
+        self.step = self.watchdog.step = step
         self.timer.reset()
 
     def generate(self) -> list[RolloutGroup]:

@@ -48,20 +48,22 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 def server_process(launcher: int) -> psutil.Process:
     """The rollout server among the descendants of the process that the test started."""
-    found = [
+    (found,) = server_processes(launcher)
+    return found
+
+
+def server_processes(launcher: int) -> list[psutil.Process]:
+    return [
         p
         for p in psutil.Process(launcher).children(recursive=True)
         if "drpo_megatron.platform.sglang_cpu" in p.cmdline()
     ]
-    assert len(found) == 1, found
-    return found[0]
 
 
-@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
-def test_training_survives_a_dead_server(tmp_path: Path, placement: str) -> None:
+def test_training_survives_a_dead_server(tmp_path: Path) -> None:
     """Every metric is there, the engines agree after each sync, a killed server is replaced, the model is exported."""
     with subprocess.Popen(
-        command(tmp_path, "training.steps=4", "parallel.sequence_parallel=true", f"rollout.placement={placement}"),
+        command(tmp_path, "training.steps=4", "parallel.sequence_parallel=true"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,23 +104,35 @@ def test_training_survives_a_dead_server(tmp_path: Path, placement: str) -> None
     assert str(tmp_path / "run") in output.splitlines()[-1]
 
 
-def test_trainer_and_server_take_turns(tmp_path: Path) -> None:
-    """Colocated, as it would be set for GPUs: bf16, sharded main weights, a server on both devices' ranks."""
+def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:
+    """Colocated, as it would be set for GPUs: bf16, sharded main weights, a server on each rank's device. Both servers
+    die and come back while the trainer waits for them in host memory.
+    """
     overrides = (
         "training.steps=3",
+        "rollout.prompts_per_step=8",
         "rollout.placement=colocated",
-        "rollout.server.tensor_parallel=2",
+        "rollout.server.count=2",
         "model.dtype=bfloat16",
         "parallel.tensor=1",
         "parallel.data=2",
         "optimizer.overlap_param_gather=true",
         "sync.transport=shared_memory",
     )
-    done = subprocess.run(command(tmp_path, *overrides), capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no memory becomes free" in done.stdout
+    with subprocess.Popen(
+        command(tmp_path, *overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
+        servers = server_processes(process.pid) if process.poll() is None else []
+        for server in servers:
+            server.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    assert len(servers) == 2 and "no memory becomes free" in output
     steps = metrics(tmp_path)
-    assert [s["sync/server_restarts"] for s in steps] == [0, 0, 0]
+    assert [s["step"] for s in steps] == [0, 1, 2]
+    assert [s["sync/servers"] for s in steps] == [2, 2, 2]
+    assert steps[-1]["sync/server_restarts"] == 2
     for step in steps:
         # bf16 on both sides: a few units in the last place of a log-probability of some nats
         assert step["mismatch/abs_dlogp_mean"] < 0.05
@@ -149,6 +163,44 @@ def test_nothing_is_left_running(tmp_path: Path, victim: str) -> None:
     if victim == "launcher-ctrl-c":
         assert process.returncode == 130
         assert "nothing is left running" in errors
+
+
+@pytest.mark.parametrize("stopped", ["the whole group", "the scheduler"])
+def test_a_stopped_server_is_explained(tmp_path: Path, stopped: str) -> None:
+    """SIGSTOP in mid-run: the server neither dies nor answers. With its scheduler alone stopped it still answers
+    /model_info, and generates nothing.
+    """
+    limit = ["training.verb_timeout_s=20", "training.steps=1000"]
+    with subprocess.Popen(
+        command(tmp_path, *limit), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: metrics(tmp_path) or process.poll() is not None, "the first step")
+        family = psutil.Process(process.pid).children(recursive=True)
+        server = server_process(process.pid)
+        if stopped == "the whole group":
+            os.killpg(server.pid, signal.SIGSTOP)
+            victim = server.pid
+        else:
+            victim = next(p.pid for p in server.children(recursive=True) if p.name().startswith("sglang::schedul"))
+            os.kill(victim, signal.SIGSTOP)
+        steps = len(metrics(tmp_path))
+        output, _ = process.communicate(timeout=LIMIT_S)
+        _, alive = psutil.wait_procs(family, timeout=60)
+    assert process.returncode == 75, output
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert len(metrics(tmp_path)) <= steps + 1
+    log = tmp_path / "run" / "log"
+    stacks = [(log / f"stacks_rank_{rank}.txt").read_text() for rank in (0, 1)]
+    verb = next(name for name in ("generate", "sync") if f", {name}: not done after 20 s" in stacks[0])
+    assert all(f"rank {rank}, step " in text and f", {verb}: not done" in text for rank, text in enumerate(stacks))
+    waits_in = {"generate": 'rollout/driver.py", line', "sync": 'rollout/admin.py", line'}
+    assert f"in {verb}\n" in stacks[0] and waits_in[verb] in stacks[0]
+    assert f"in {verb}\n" in stacks[1] and "in broadcast" in stacks[1]
+    assert f"process {victim} (" in output and "stopped by a signal (SIGSTOP)" in output
+    answer = "answers, weight version" if stopped == "the scheduler" else "/model_info did not answer within 2 s"
+    for text in (output, (log / "error_rank_0.txt").read_text(), (log / "rank_0.log").read_text()):
+        assert f"{verb}: not done after 20 s; the limit is training.verb_timeout_s = 20 s" in text
+        assert answer in text and str(log / "stacks_rank_*.txt") in text and str(log / "server.log") in text
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.memory import ServerMemory
+from drpo_megatron.rollout.fleet import Fleet, Member
+from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
@@ -59,32 +60,36 @@ def test_a_server_frees_its_device(tmp_path: Path) -> None:
         sampling=SamplingConfig(max_new_tokens=24),
         server=ServerConfig(devices=[0], args={"mem_fraction_static": 0.6}),
     )
-    memory = ServerMemory(timeout_s=60)
     server = SGLangServer(config.server, tmp_path, "bfloat16", 0, tmp_path / "server.log", colocated=True)
-    with server:
-        url = server.wait_ready()
-        sync = SyncConfig(transport="shared_memory")
+    with Fleet(config.server, [Member("server-0", server)], None, None) as fleet:
+        fleet.wait_all()
+        memory = FleetMemory(fleet, timeout_s=60)
         layout = ServerLayout.from_config(tmp_path, 1, torch.bfloat16)
-        weights = WeightSync(url, sync, layout, tmp_path, tmp_path / "sync")
+        weights = WeightSync(SyncConfig(transport="shared_memory"), layout, tmp_path, tmp_path / "sync")
         free, total = torch.cuda.mem_get_info(0)
-        memory.release(url, "kv_cache", "weights")
+        memory.release("kv_cache", "weights")
         released, _ = torch.cuda.mem_get_info(0)
         assert released - free > 0.5 * total
-        memory.resume(url, "weights")
+        memory.resume("weights")
         perturb(model, 1)
+        weights.connect(fleet.up())
         assert weights.push(model.state_dict().items(), 1, stay_paused=True).verified
+        fleet.admit(fleet.up(), 1)
         assert torch.cuda.mem_get_info(0)[0] - free > 0.4 * total, "the KV cache comes after the push"
-        memory.resume(url, "kv_cache")
+        memory.resume("kv_cache")
         assert torch.cuda.mem_get_info(0)[0] - free < 0.1 * total
-        driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(tmp_path))
+        driver = RolloutDriver(config, fleet, AutoTokenizer.from_pretrained(tmp_path))
         groups = driver.generate(make_prompts(4, VOCAB_SIZE))
         assert {v for g in groups for r in g.rollouts for v in r.weight_versions} == {1}
         weights.close()
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "disk"])
-def test_taking_turns_on_gpus(tmp_path: Path, transport: str) -> None:
-    """Two ranks and a server of two ranks on the same two devices."""
+@pytest.mark.parametrize(
+    ("transport", "servers"),
+    [("shared_memory", "rollout.server.tensor_parallel=2"), ("disk", "rollout.server.count=2")],
+)
+def test_taking_turns_on_gpus(tmp_path: Path, transport: str, servers: str) -> None:
+    """Two ranks, and a server of two ranks or two servers, on the same two devices."""
     arguments = [
         *("-m", "drpo_megatron.cli", "train", str(QUICKSTART)),
         f"tracking.directory={tmp_path}",
@@ -93,7 +98,7 @@ def test_taking_turns_on_gpus(tmp_path: Path, transport: str) -> None:
         "tracking.wandb=false",
         "training.steps=3",
         "rollout.placement=colocated",
-        "rollout.server.tensor_parallel=2",
+        servers,
         f"sync.transport={transport}",
     ]
     subprocess.run([sys.executable, *arguments], check=True, timeout=900)

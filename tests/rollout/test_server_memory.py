@@ -1,7 +1,7 @@
-"""One real SGLang server that gives its memory back and takes it again: what waits meanwhile, and what it then answers.
+"""Two real SGLang servers that give their memory back and take it again: what waits meanwhile, and what they answer.
 
-The tests share one server and run in the order of this file; the last one leaves the server dead. On a CPU the server
-keeps the memory; what it may be asked, and when, is the same.
+The tests share the fleet and run in the order of this file. On a CPU a server keeps the memory; what it may be asked,
+and when, is the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerCon
 from drpo_megatron.records import RolloutGroup
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerError
-from drpo_megatron.rollout.memory import ServerMemory
+from drpo_megatron.rollout.errors import ServersFailed
+from drpo_megatron.rollout.fleet import Fleet, Member, State
+from drpo_megatron.rollout.memory import FleetMemory
+from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
@@ -36,100 +38,154 @@ pytestmark = pytest.mark.server
 SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=24)
 PROMPTS = make_prompts(4, tiny_models.VOCAB_SIZE)
 TOLERANCE = 1e-4
+LIMIT_S = 240
 
 
 @dataclass
 class Setup:
-    server: SGLangServer
+    fleet: Fleet
     driver: RolloutDriver
-    weights: WeightSync
     model: PreTrainedModel
-    memory: ServerMemory
+    path: Path
+    memory: FleetMemory
+    transport: str = "distributed"
+    version: int = 0
 
-    def push(self, version: int) -> None:
-        perturb(self.model, version)
+    def __post_init__(self) -> None:
+        self.layout = ServerLayout.from_config(self.path, 1, torch.float32)
+        self.use("distributed")
+
+    def use(self, transport: str) -> None:
+        config = SyncConfig(bucket_mb=0.05, timeout_s=60, transport=transport)
+        self.weights = WeightSync(config, self.layout, self.path, self.path / "sync")
+
+    def push(self) -> None:
+        """As `Experience.push_weights` does it."""
+        self.version += 1
+        perturb(self.model, self.version)
+        urls = self.fleet.up()
+        self.weights.connect(urls)
         tensors = self.model.state_dict().items()
-        assert self.weights.push(tensors, version, stay_paused=bool(self.memory.released)).verified
+        assert self.weights.push(tensors, self.version, stay_paused=self.fleet.is_lent).verified
+        self.fleet.admit(urls, self.version)
 
-    def logprob_error(self, groups: list[RolloutGroup]) -> float:
-        return largest_logprob_error(groups, self.model, SAMPLING.temperature)
+    def turn(self) -> None:
+        """From training to generation."""
+        self.memory.release("kv_cache", "weights")
+        self.memory.resume("weights")
+        self.push()
+        self.memory.resume("kv_cache")
+        assert not self.fleet.is_lent
+
+    def check(self, groups: list[RolloutGroup]) -> None:
+        """Tokens are of the last push, with its log-probs."""
+        assert {v for g in groups for r in g.rollouts for v in r.weight_versions} == {self.version}
+        assert largest_logprob_error(groups, self.model, SAMPLING.temperature) < TOLERANCE
+
+    @property
+    def lacking(self) -> list[frozenset[str]]:
+        return list(self.memory.released.values())
 
 
-@pytest.fixture(scope="module", params=["distributed", "disk"])
-def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    path: Path = tmp_path_factory.mktemp("qwen3")
+def wait_for(condition: Callable[[], bool], fleet: Fleet) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "\n".join(fleet.table())
+        time.sleep(0.05)
+
+
+def kill(member: Member) -> None:
+    assert member.server.pid is not None
+    os.killpg(member.server.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    path = tmp_path_factory.mktemp("qwen3")
     model = tiny_models.write("qwen3", path)
-    config = RolloutConfig(
-        prompts_per_step=4, samples_per_prompt=2, sampling=SAMPLING, server=ServerConfig(start_timeout_s=300)
-    )
-    server = SGLangServer(config.server, path, "float32", 0, path / "log" / "server.log", colocated=True)
-    with server:
-        url = server.wait_ready()
-        sync = SyncConfig(bucket_mb=0.05, timeout_s=60, transport=request.param)
-        weights = WeightSync(url, sync, ServerLayout.from_config(path, 1, torch.float32), path, path / "sync")
-        driver = RolloutDriver(config, server, AutoTokenizer.from_pretrained(path))
-        yield Setup(server, driver, weights, model, ServerMemory(timeout_s=60))
-        weights.close(server_alive=False)
+    server = ServerConfig(count=2, start_timeout_s=300)
+    config = RolloutConfig(prompts_per_step=4, samples_per_prompt=2, sampling=SAMPLING, server=server)
+    log = path / "log"
+    servers = [
+        SGLangServer(server, path, "float32", 0, log / f"{index}.log", index=index, colocated=True)
+        for index in range(2)
+    ]
+    members = [Member(f"server-{index}", server) for index, server in enumerate(servers)]
+    with Fleet(server, members, Router(config.router, log / "router.log", None), None) as fleet:
+        fleet.wait_all()
+        driver = RolloutDriver(config, fleet, AutoTokenizer.from_pretrained(path))
+        made = Setup(fleet, driver, model, path, FleetMemory(fleet, timeout_s=60))
+        yield made
+        made.weights.close(servers_alive=False)
 
 
-def test_the_turns_of_a_step(setup: Setup) -> None:
-    """Twice, with every verb said twice: only what is still to do is asked for, and the log-probs are the model's."""
-    url, memory = setup.server.url, setup.memory
-    for version in (1, 2):
-        for _ in range(2):
-            memory.release(url, "kv_cache", "weights")
-        assert memory.released == {"kv_cache", "weights"}
-        for _ in range(2):
-            memory.release(url, "kv_cache")
-            memory.resume(url, "weights")
-        assert memory.released == {"kv_cache"}
-        setup.push(version)
-        for _ in range(2):
-            memory.resume(url, "kv_cache")
-        assert not memory.released
-        groups = setup.driver.generate(PROMPTS)
-        assert {v for g in groups for r in g.rollouts for v in r.weight_versions} == {version}
-        assert setup.logprob_error(groups) < TOLERANCE
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_the_turns_of_a_step(setup: Setup, transport: str) -> None:
+    """Every verb said twice: only what is still to do is asked for, and the log-probs are the model's."""
+    memory = setup.memory
+    setup.use(transport)
+    for _ in range(2):
+        assert memory.release("kv_cache", "weights") == 2
+    assert setup.lacking == [{"kv_cache", "weights"}] * 2
+    for _ in range(2):
+        memory.release("kv_cache")
+        memory.resume("weights")
+    assert setup.lacking == [{"kv_cache"}] * 2 and setup.fleet.is_lent
+    setup.push()
+    for _ in range(2):
+        memory.resume("kv_cache")
+    assert setup.lacking == [set()] * 2 and not setup.fleet.is_lent
+    assert setup.fleet.serving() == 2
+    setup.check(setup.driver.generate(PROMPTS))
+
+
+def test_a_server_that_lacks_memory_is_not_a_sick_one(setup: Setup) -> None:
+    members = setup.fleet._members
+    setup.memory.release("kv_cache")
+    wait_for(lambda: all(m.check is None for m in members), setup.fleet)  # checks that were under way
+    setup.fleet.check_soon()
+    time.sleep(1)
+    assert [m.check for m in members] == [None, None]
+    setup.memory.resume("kv_cache")
+    setup.fleet.check_soon()
+    wait_for(lambda: any(m.check is not None for m in members), setup.fleet)
+    setup.check(setup.driver.generate(PROMPTS))
+    assert setup.fleet.restarts == 0
 
 
 def test_a_request_that_comes_meanwhile_waits_for_the_new_weights(setup: Setup) -> None:
-    url, memory = setup.server.url, setup.memory
-    memory.release(url, "kv_cache", "weights")
+    memory = setup.memory
+    memory.release("kv_cache", "weights")
     answers: list[list[RolloutGroup]] = []
     asking = threading.Thread(target=lambda: answers.append(setup.driver.generate(PROMPTS)))
     asking.start()
     time.sleep(3)  # the request takes a fraction of this when it is not held
-    memory.resume(url, "weights")
-    setup.push(3)
+    memory.resume("weights")
+    setup.push()
     time.sleep(1)
     assert asking.is_alive() and not answers, "neither a release nor a push may let it run"
-    memory.resume(url, "kv_cache")
+    memory.resume("kv_cache")
     asking.join(timeout=120)
     (groups,) = answers
-    assert {v for g in groups for r in g.rollouts for v in r.weight_versions} == {3}
-    assert setup.logprob_error(groups) < TOLERANCE
+    setup.check(groups)
 
 
 def test_a_request_that_runs_waits_and_goes_on(setup: Setup) -> None:
     """Nothing is lost: the request has tokens of both weights, each with its version."""
-    url, memory = setup.server.url, setup.memory
     long = SamplingConfig(temperature=0.7, max_new_tokens=400, ignore_eos=True)
     answers: list[list[RolloutGroup]] = []
     asking = threading.Thread(target=lambda: answers.append(setup.driver.generate(PROMPTS[:1], 2, long)))
     asking.start()
-    while not _running(url):
-        time.sleep(0.01)
-    memory.release(url, "kv_cache", "weights")
-    memory.resume(url, "weights")
-    setup.push(4)
-    memory.resume(url, "kv_cache")
+    wait_for(lambda: any(map(_running, setup.fleet.up())), setup.fleet)
+    before = setup.version
+    setup.turn()
     asking.join(timeout=300)
     ((group,),) = answers
     for rollout in group.rollouts:
         assert len(rollout.response_ids) == 400
-        assert set(rollout.weight_versions) <= {3, 4} and rollout.weight_versions[-1] == 4
+        assert set(rollout.weight_versions) <= {before, before + 1} and rollout.weight_versions[-1] == before + 1
         assert rollout.weight_versions == sorted(rollout.weight_versions)
-    assert any(3 in rollout.weight_versions for rollout in group.rollouts)
+    assert any(before in rollout.weight_versions for rollout in group.rollouts)
 
 
 def _running(url: str) -> int:
@@ -137,31 +193,44 @@ def _running(url: str) -> int:
     return sum(load["num_running_reqs"] for load in loads)
 
 
-def test_memory_that_was_not_given_back_ends_the_server(setup: Setup) -> None:
-    """Why ServerMemory counts, and why it forgets at a restart: a fresh server holds everything."""
-    with pytest.raises(ServerError):
-        ServerAdmin(setup.server.url).resume_memory(["kv_cache"], 60)
-    deadline = time.monotonic() + 60
-    while setup.server.alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not setup.server.alive()
+def test_a_server_that_dies_comes_back_when_its_devices_do(setup: Setup) -> None:
+    fleet, memory = setup.fleet, setup.memory
+    victim, other = fleet._members
+    memory.release("kv_cache", "weights")
+    kill(victim)
+    wait_for(lambda: victim.state is State.RESTING and time.monotonic() > victim.at + 1, fleet)
+    assert victim.restarts == 0, "it would take the memory that the trainer has"
+    memory.resume("weights")
+    setup.push()
+    assert victim.restarts == 0
+    memory.resume("kv_cache")
+    setup.check(setup.driver.generate(PROMPTS))
+    wait_for(lambda: victim.state is State.STARTING, fleet)
+    # the next turn waits for it, and takes its memory too
+    assert memory.release("kv_cache", "weights") == 2
+    assert setup.lacking == [{"kv_cache", "weights"}] * 2 and victim.state is State.WAITING
+    memory.resume("weights")
+    setup.push()
+    memory.resume("kv_cache")
+    assert fleet.serving() == 2 and (victim.restarts, other.restarts) == (1, 0)
+    setup.check(setup.driver.generate(PROMPTS))
 
 
-def test_a_restarted_server(setup: Setup) -> None:
-    """After a death in the middle of a turn: it holds everything, gives up its KV cache, and learns the weights."""
-    memory, server = setup.memory, setup.server
-    setup.weights.reconnect(setup.driver.restart_server())
-    memory.restarted()
-    memory.release(server.url, "kv_cache", "weights")
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    with pytest.raises(ServerError):
-        memory.resume(server.url, "weights")
-    setup.weights.reconnect(setup.driver.restart_server())
-    memory.restarted()
-    assert not memory.released
-    memory.release(server.url, "kv_cache")
-    memory.resume(server.url, "weights")
-    setup.push(5)
-    memory.resume(server.url, "kv_cache")
-    assert setup.logprob_error(setup.driver.generate(PROMPTS)) < TOLERANCE
+def test_when_none_is_left_the_trainer_makes_room(setup: Setup) -> None:
+    """One ends because it is asked for what it gave already, which is why FleetMemory counts; the other is killed."""
+    fleet, memory = setup.fleet, setup.memory
+    failing, killed = fleet._members
+    memory.release("kv_cache", "weights")
+    ServerAdmin(failing.server.url).resume_memory(["weights"], 60)
+    memory.resume("weights")
+    assert failing.state is State.RESTING and killed.state is State.SERVING
+    assert setup.lacking == [{"kv_cache"}] and fleet.is_lent
+    kill(killed)
+    assert memory.release("kv_cache", "weights") == 0
+    with pytest.raises(ServersFailed):
+        fleet.wait_any()  # a push that finds none: it cannot wait for what does not start
+    memory.wait_any()
+    assert not fleet.is_lent and fleet.up()
+    setup.turn()
+    assert fleet.serving() == 2
+    setup.check(setup.driver.generate(PROMPTS))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from typing import Any
+
+_KEPT: list[bytearray] = []
 
 
 def behave(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
@@ -35,6 +38,35 @@ def behave(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
             return float("torch" in sys.modules)
         case "sigint ignored":
             return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        case "memory":
+            kept = []
+            while True:
+                kept.append(bytearray(2**20))
+        case "small objects":
+            numbers: list[object] = []
+            while True:
+                numbers.append([numbers])
+        case "memory in C":
+            import numpy
+
+            return float(numpy.ones((2**17, 2**14)).sum())  # 16 GiB in one allocation
+        case "memory kept":
+            try:
+                while True:
+                    _KEPT.append(bytearray(2**20))
+            except MemoryError as error:
+                raise error
+        case "some memory":
+            return float(len(bytearray(2**27)))
+        case "abort":
+            # What C++ does with an allocation that fails and nobody catches.
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+            while libc.malloc(2**24):
+                pass
+            libc.abort()
+        case "address space":
+            return float(resource.getrlimit(resource.RLIMIT_AS)[1])
         case "child":
             subprocess.Popen(["sleep", "600"])
             time.sleep(600)

@@ -59,12 +59,15 @@ def problems_of(path: Path, *overrides: str, check: bool = False) -> str:
         (["training.tokens_per_micro_batch=8", "data.max_prompt_tokens=10"], "= 16 tokens"),
         (["parallel.context=2"], "its own copy of the prompt"),
         (["parallel.context=2", "training.shared_prefix=never"], None),
-        (["rollout.placement=colocated"], "there is no GPU: trainer and server take turns"),
+        (["rollout.placement=colocated"], "there is no GPU: trainer and servers take turns"),
+        (["training.verb_timeout_s=600"], "not above rollout.request_timeout_s = 600: what waits"),
+        (["training.verb_timeout_s=601"], None),
+        (["training.verb_timeout_s=null"], None),
         ([], None),
     ],
 )
 def test_notes(config_file: Path, overrides: list[str], says: str | None) -> None:
-    """Each of the four settings that may not do what they look like, and nothing about others."""
+    """Each of the settings that may not do what they look like, and nothing about others."""
     found = notes(load_config(config_file, overrides))
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
@@ -195,6 +198,7 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
         (["parallel.sequence_parallel=true"], "parallel.sequence_parallel is true with parallel.tensor = 1"),
         (["parallel.virtual_pipeline=2"], "it needs pipeline >= 2"),
         (["parallel.expert=2", "parallel.data=2"], "parallel: parallel.expert is 2 and qwen3 is dense: set it to 1"),
+        (["training.timeout_s=3600"], "before training.verb_timeout_s = 3600; raise the first or lower the second"),
         (
             ["training.updates_per_batch=3"],
             "training.updates_per_batch: 3 does not divide rollout.prompts_per_step = 4",

@@ -14,7 +14,7 @@ import pytest
 
 from drpo_megatron import cli
 from drpo_megatron.config import check_config, load_config
-from drpo_megatron.config.layout_checks import placement_problems
+from drpo_megatron.config.rollout_checks import rollout_problems
 from tests import tiny_models
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -340,14 +340,28 @@ def test_refused(
     assert not runs.exists()
 
 
-NCCL = "drpo_megatron.config.layout_checks.backend"
+NCCL = "drpo_megatron.config.rollout_checks.backend"
 COLOCATED = "rollout.placement=colocated parallel.tensor=2 "
 
 
 @pytest.mark.parametrize(
     ("gpu", "overrides", "environment", "words"),
     [
-        (False, "rollout.server.tensor_parallel=4", {}, ("4 ranks of the server", "2 devices of the trainer")),
+        (False, "rollout.server.tensor_parallel=4", {}, ("4 × rollout.server.count = 1", "2 devices of the trainer")),
+        (
+            False,
+            "rollout.server.tensor_parallel=2 rollout.server.count=2",
+            {},
+            ("2 × rollout.server.count = 2 ranks", "2 devices of the trainer"),
+        ),
+        (False, "rollout.schedule=one_step_off", {}, ("rollout.schedule: one_step_off", "set it to synchronous")),
+        (
+            False,
+            "rollout.schedule=asynchronous rollout.max_staleness=4",
+            {},
+            ("rollout.schedule: asynchronous", "set it to synchronous"),
+        ),
+        (False, "rollout.server.addresses=['http://127.0.0.1:1']", {}, ("rollout.server.addresses", "remove it")),
         (False, "rollout.server.devices=[2]", {}, ("[2] are not among the trainer's 0 to 1",)),
         (False, "rollout.server.args.weight_cache_mode=daemon", {}, ("weight_cache_mode", "remove it")),
         (True, "sync.transport=distributed", {}, ("refuses two ranks on one device", "shared_memory")),
@@ -358,6 +372,7 @@ COLOCATED = "rollout.placement=colocated parallel.tensor=2 "
             ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", "take expandable_segments out"),
         ),
         (True, "sync.transport=shared_memory rollout.server.devices=[1]", {}, ()),
+        (True, "sync.transport=shared_memory rollout.server.count=2 rollout.server.devices=[1,0]", {}, ()),
         (False, "rollout.server.tensor_parallel=2 sync.transport=distributed", {}, ()),
     ],
 )
@@ -378,11 +393,11 @@ def test_colocated(
     monkeypatch.setattr(NCCL, lambda: "nccl" if gpu else "gloo")
     settings = base(models / "qwen3", tmp_path / "runs")
     config = load_config(QUICKSTART, [*settings, *COLOCATED.split(), *overrides.split()])
-    problems = "\n".join(placement_problems(config))
+    problems = "\n".join(rollout_problems(config))
     assert bool(problems) == bool(words), problems
     assert all(word in problems for word in words), problems
     apart = load_config(QUICKSTART, [*settings, "parallel.tensor=2", *overrides.split()])
-    assert not list(placement_problems(apart))
+    assert not list(rollout_problems(apart))
 
 
 LEGAL = [

@@ -11,20 +11,27 @@ SAVER = "--enable-memory-saver"
 
 
 @pytest.mark.parametrize(
-    ("colocated", "devices", "visible", "expected"),
+    ("colocated", "index", "devices", "visible", "expected"),
     [
-        # four trainer ranks: the server is behind them, or on the first of them
-        (False, None, None, "4,5"),
-        (True, None, None, "0,1"),
-        (False, [6, 7], None, "6,7"),
-        (True, [2, 3], None, "2,3"),
+        # four trainer ranks: the servers are behind them, or on the first of them
+        (False, 0, None, None, "4,5"),
+        (False, 1, None, None, "6,7"),
+        (True, 0, None, None, "0,1"),
+        (True, 1, None, None, "2,3"),
+        (False, 0, [6, 7], None, "6,7"),
+        (True, 1, [0, 1, 3, 2], None, "3,2"),
         # devices are counted among those that the job may use
-        (False, None, "8,9,10,11,12,13", "12,13"),
-        (True, None, "8,9,10,11,12,13", "8,9"),
+        (False, 0, None, "8,9,10,11,12,13", "12,13"),
+        (True, 1, None, "8,9,10,11,12,13", "10,11"),
     ],
 )
 def test_devices(
-    colocated: bool, devices: list[int] | None, visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+    colocated: bool,
+    index: int,
+    devices: list[int] | None,
+    visible: str | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(platform, "has_cuda", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -33,7 +40,7 @@ def test_devices(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     arguments = ["--mem-fraction-static", "0.7"]
     command, environment = sglang_launch_command(
-        arguments, tensor_parallel=2, threads=1, devices=devices, colocated=colocated
+        arguments, tensor_parallel=2, threads=1, devices=devices, index=index, colocated=colocated
     )
     assert environment["CUDA_VISIBLE_DEVICES"] == expected
     assert command[1:5] == ["-m", "sglang.launch_server", *arguments], "the share of memory stays the user's"

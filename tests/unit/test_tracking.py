@@ -133,13 +133,15 @@ def test_live_progress() -> None:
 
 
 def test_timer() -> None:
-    timer = VerbTimer()
+    heard: list[str] = []
+    timer = VerbTimer(heard.append)
     for _ in range(2):
         with timer("train"):
             time.sleep(0.01)
     with pytest.raises(ValueError), timer("sync"):
         raise ValueError
     assert list(timer.seconds()) == ["train", "sync"] and 0.02 <= timer.seconds()["train"] < 1
+    assert heard == ["train", "what follows train"] * 2 + ["sync", "what follows sync"]
     timer.reset()
     assert timer.seconds() == {}
 
