@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,44 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert "updates_per_batch: 2" in done.stdout
     assert not (tmp_path / "run").exists()
     assert not [p for p in set(psutil.pids()) - before if psutil.Process(p).ppid() == os.getpid()]
+
+
+@pytest.mark.parametrize("schedule", ["one_step_off", "asynchronous"])
+def test_ahead_of_training_with_two_servers(tmp_path: Path, schedule: str) -> None:
+    """One of the servers dies: training goes on with the other, no sample is lost or trained twice, none is too old."""
+    overrides = [
+        "training.steps=20",
+        "rollout.server.count=2",
+        f"rollout.schedule={schedule}",
+        "training.export=false",
+        *(["rollout.max_staleness=4"] if schedule == "asynchronous" else []),
+    ]
+    limit = 4 if schedule == "asynchronous" else 2
+    with subprocess.Popen(
+        command(tmp_path, *overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: len(metrics(tmp_path)) > 1 or process.poll() is not None, "the second step")
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        commands = {p: " ".join(p.cmdline()) for p in family}
+        assert any("router" in line for line in commands.values()), commands
+        ranks = {p.pid for p, line in commands.items() if "drpo_megatron.training.main" in line}
+        victims = [p for p, line in commands.items() if "sglang_cpu" in line and p.ppid() in ranks]
+        assert len(victims) == 2
+        victims[0].send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=LIMIT_S)
+        _, alive = psutil.wait_procs(family, timeout=30)
+    assert process.returncode == 0, output
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    steps = metrics(tmp_path)
+    assert len(steps) == 20 and steps[0]["sync/servers"] == 2 and min(s["sync/servers"] for s in steps) == 1
+    # the second update of a batch is one more version away
+    assert max(s["staleness/max"] for s in steps) == limit + 1
+    trained = []
+    for step in range(20):
+        lines = (tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        trained += [json.loads(line)["prompt"]["id"] for line in lines]
+    assert set(Counter(trained).values()) == {8}, "all samples of a prompt, once"
+    assert len(set(trained)) == 20 * 32
 
 
 def test_a_real_model_over_two_pipeline_stages(tmp_path: Path) -> None:
