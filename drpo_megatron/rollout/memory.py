@@ -15,9 +15,9 @@ class FleetMemory:
     """Takes device memory from every server that is up, and gives it back.
 
     A server is paused while it lacks memory, so that a request that comes then waits and is not computed; and from the
-    first release until nobody lacks any, the fleet is `Fleet.lent`. Hence a server that restarts is never one that
-    lacks memory, and what is released can be noted by address. SGLang ends when it is asked for what it does not have,
-    in both directions, so each method asks only for what is still to do.
+    first release to `resume_all` the fleet is `Fleet.lent`, so that no server starts, and what is released can be noted
+    by address. SGLang ends when it is asked for what it does not have, in both directions, so each method asks only for
+    what is still to do.
 
     A server that fails a request, each bounded by `timeout_s`, is reported to its fleet, which ends it: its memory is
     free either way.
@@ -52,28 +52,37 @@ class FleetMemory:
         self._each(ask)
         return len(self._fleet.up())
 
-    def resume(self, *tags: MemoryTag) -> None:
-        """Take back the memory of `tags`; with all of it back, go on generating. Weights that come back are undefined:
-        push them before the KV cache comes back.
+    def resume_weights(self) -> None:
+        """Take back the memory of the weights. They are undefined until the next push."""
+        self._each(lambda server: self._resume(server, "weights"))
+
+    def resume_all(self) -> None:
+        """The trainer has left the devices: take back the KV cache and go on generating.
+
+        Raises RuntimeError for a server whose weights nothing brought back.
         """
+        if any("weights" in lacking for lacking in self.released.values()):
+            raise RuntimeError("the servers gave their weights up and no sync followed: sync() before generate()")
 
         def ask(server: ServerAdmin) -> None:
-            released = self._released.get(server.url, set())
-            if wanted := [tag for tag in tags if tag in released]:
-                server.resume_memory(wanted, self._timeout_s)
-                released.difference_update(wanted)
-                if not released:
-                    server.continue_generation(self._timeout_s)
+            if self._released.get(server.url):
+                self._resume(server, "kv_cache")
+                server.continue_generation(self._timeout_s)
 
         self._each(ask)
-        if not any(self.released.values()):
-            self._released.clear()
-            self._lent.close()
+        self._released.clear()
+        self._lent.close()
 
     def wait_any(self) -> None:
-        """Wait until a server is up, when none was. The devices must be empty. Raises as `Fleet.wait_any`."""
-        self.resume()
+        """Wait until a server is up, when none was and the trainer has left the devices. Raises as `Fleet.wait_any`."""
+        self.resume_all()
         self._fleet.wait_any()
+
+    def _resume(self, server: ServerAdmin, tag: MemoryTag) -> None:
+        released = self._released.get(server.url, set())
+        if tag in released:
+            server.resume_memory([tag], self._timeout_s)
+            released.remove(tag)
 
     def _each(self, request: Callable[[ServerAdmin], None]) -> None:
         urls = self._fleet.up()

@@ -97,13 +97,11 @@ class Colocated:
         return policy
 
     def for_generation(self) -> None:
-        """Raises RuntimeError when no push brought the servers' weights back."""
+        """Raises RuntimeError when no sync brought the servers' weights back."""
         self._trainer.to_host()
         _barrier()
         if self._experience and self._servers and self._experience.fleet.is_lent:
-            if any("weights" in lacking for lacking in self._servers.released.values()):
-                raise RuntimeError("the servers gave their weights up and no sync followed: sync() before generate()")
-            self._servers.resume("kv_cache")
+            self._servers.resume_all()
             self._experience.go_on()
 
     def for_training(self) -> None:
@@ -122,7 +120,7 @@ class Colocated:
         self._trainer.training_state_to_host()
         _barrier()
         if self._servers:
-            self._servers.resume("weights")
+            self._servers.resume_weights()
 
 
 def _barrier() -> None:

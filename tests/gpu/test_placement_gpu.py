@@ -70,13 +70,13 @@ def test_a_server_frees_its_device(tmp_path: Path) -> None:
         memory.release("kv_cache", "weights")
         released, _ = torch.cuda.mem_get_info(0)
         assert released - free > 0.5 * total
-        memory.resume("weights")
+        memory.resume_weights()
         perturb(model, 1)
         weights.connect(fleet.up())
         assert weights.push(model.state_dict().items(), 1, stay_paused=True).verified
         fleet.admit(fleet.up(), 1)
         assert torch.cuda.mem_get_info(0)[0] - free > 0.4 * total, "the KV cache comes after the push"
-        memory.resume("kv_cache")
+        memory.resume_all()
         assert torch.cuda.mem_get_info(0)[0] - free < 0.1 * total
         driver = RolloutDriver(config, fleet, AutoTokenizer.from_pretrained(tmp_path))
         groups = driver.generate(make_prompts(4, VOCAB_SIZE))

@@ -72,9 +72,9 @@ class Setup:
     def turn(self) -> None:
         """From training to generation."""
         self.memory.release("kv_cache", "weights")
-        self.memory.resume("weights")
+        self.memory.resume_weights()
         self.push()
-        self.memory.resume("kv_cache")
+        self.memory.resume_all()
         assert not self.fleet.is_lent
 
     def check(self, groups: list[RolloutGroup]) -> None:
@@ -129,11 +129,11 @@ def test_the_turns_of_a_step(setup: Setup, transport: str) -> None:
     assert setup.lacking == [{"kv_cache", "weights"}] * 2
     for _ in range(2):
         memory.release("kv_cache")
-        memory.resume("weights")
+        memory.resume_weights()
     assert setup.lacking == [{"kv_cache"}] * 2 and setup.fleet.is_lent
     setup.push()
     for _ in range(2):
-        memory.resume("kv_cache")
+        memory.resume_all()
     assert setup.lacking == [set()] * 2 and not setup.fleet.is_lent
     assert setup.fleet.serving() == 2
     setup.check(setup.driver.generate(PROMPTS))
@@ -146,7 +146,7 @@ def test_a_server_that_lacks_memory_is_not_a_sick_one(setup: Setup) -> None:
     setup.fleet.check_soon()
     time.sleep(1)
     assert [m.check for m in members] == [None, None]
-    setup.memory.resume("kv_cache")
+    setup.memory.resume_all()
     setup.fleet.check_soon()
     wait_for(lambda: any(m.check is not None for m in members), setup.fleet)
     setup.check(setup.driver.generate(PROMPTS))
@@ -160,11 +160,11 @@ def test_a_request_that_comes_meanwhile_waits_for_the_new_weights(setup: Setup) 
     asking = threading.Thread(target=lambda: answers.append(setup.driver.generate(PROMPTS)))
     asking.start()
     time.sleep(3)  # the request takes a fraction of this when it is not held
-    memory.resume("weights")
+    memory.resume_weights()
     setup.push()
     time.sleep(1)
     assert asking.is_alive() and not answers, "neither a release nor a push may let it run"
-    memory.resume("kv_cache")
+    memory.resume_all()
     asking.join(timeout=120)
     (groups,) = answers
     setup.check(groups)
@@ -193,44 +193,38 @@ def _running(url: str) -> int:
     return sum(load["num_running_reqs"] for load in loads)
 
 
-def test_a_server_that_dies_comes_back_when_its_devices_do(setup: Setup) -> None:
+def test_no_server_starts_while_the_trainer_has_the_devices(setup: Setup) -> None:
+    """One is killed; the other ends because it is asked for what it has, which is why FleetMemory counts. When none is
+    left the trainer makes room, and both come back.
+    """
     fleet, memory = setup.fleet, setup.memory
-    victim, other = fleet._members
+    killed, failing = fleet._members
     memory.release("kv_cache", "weights")
-    kill(victim)
-    wait_for(lambda: victim.state is State.RESTING and time.monotonic() > victim.at + 1, fleet)
-    assert victim.restarts == 0, "it would take the memory that the trainer has"
-    memory.resume("weights")
-    setup.push()
-    assert victim.restarts == 0
-    memory.resume("kv_cache")
-    setup.check(setup.driver.generate(PROMPTS))
-    wait_for(lambda: victim.state is State.STARTING, fleet)
-    # the next turn waits for it, and takes its memory too
-    assert memory.release("kv_cache", "weights") == 2
-    assert setup.lacking == [{"kv_cache", "weights"}] * 2 and victim.state is State.WAITING
-    memory.resume("weights")
-    setup.push()
-    memory.resume("kv_cache")
-    assert fleet.serving() == 2 and (victim.restarts, other.restarts) == (1, 0)
-    setup.check(setup.driver.generate(PROMPTS))
-
-
-def test_when_none_is_left_the_trainer_makes_room(setup: Setup) -> None:
-    """One ends because it is asked for what it gave already, which is why FleetMemory counts; the other is killed."""
-    fleet, memory = setup.fleet, setup.memory
-    failing, killed = fleet._members
-    memory.release("kv_cache", "weights")
-    ServerAdmin(failing.server.url).resume_memory(["weights"], 60)
-    memory.resume("weights")
-    assert failing.state is State.RESTING and killed.state is State.SERVING
-    assert setup.lacking == [{"kv_cache"}] and fleet.is_lent
+    with pytest.raises(RuntimeError, match="no sync followed"):
+        memory.resume_all()
     kill(killed)
-    assert memory.release("kv_cache", "weights") == 0
+    wait_for(lambda: killed.state is State.RESTING and time.monotonic() > killed.at + 1, fleet)
+    memory.resume_weights()
+    setup.push()
+    assert setup.lacking == [{"kv_cache"}] and fleet.serving() == 1
+
+    assert memory.release("kv_cache", "weights") == 1
+    ServerAdmin(failing.server.url).resume_memory(["weights"], 60)
+    memory.resume_weights()
+    assert (killed.state, failing.state) == (State.RESTING, State.RESTING) and fleet.is_lent
     with pytest.raises(ServersFailed):
         fleet.wait_any()  # a push that finds none: it cannot wait for what does not start
+    assert memory.release("kv_cache") == 0
+    time.sleep(2)
+    assert fleet.restarts == 0, "it would take the memory that the trainer has"
+
     memory.wait_any()
     assert not fleet.is_lent and fleet.up()
-    setup.turn()
-    assert fleet.serving() == 2
+    # waits for the other one, and takes its memory too
+    assert memory.release("kv_cache", "weights") == 2
+    assert setup.lacking == [{"kv_cache", "weights"}] * 2
+    memory.resume_weights()
+    setup.push()
+    memory.resume_all()
+    assert fleet.serving() == 2 and (killed.restarts, failing.restarts) == (1, 1)
     setup.check(setup.driver.generate(PROMPTS))
