@@ -16,7 +16,7 @@ from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
 from drpo_megatron.rollout.errors import ServerGaveUp, ServerStartError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
-from drpo_megatron.rollout.server_args import check_arguments, command_line
+from drpo_megatron.rollout.server_args import check_arguments, command_line, with_delta_loader
 
 _RESERVED = {
     "model_path": "model.path",
@@ -199,8 +199,9 @@ class SGLangServer:
 def server_of(config: RunConfig) -> SGLangServer:
     """The server that a run's configuration asks for, not started. The model's directory must exist."""
     log_path = config.run_directory / "log" / "server.log"
+    server = config.rollout.server
     return SGLangServer(
-        config.rollout.server,
+        with_delta_loader(server) if config.sync.transport == "delta" else server,
         config.model.path,
         config.model.dtype,
         config.seed,

@@ -109,4 +109,6 @@ class Experience:
             "sync/verified_parameters": float(report.verified),
             "sync/server_restarts": float(self.server.restarts),
         }
+        if report.delta_share is not None:
+            self.sync_metrics["sync/delta_share"] = report.delta_share
         return True
