@@ -300,10 +300,14 @@ class TrainingConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["distributed", "shared_memory", "disk"] = "distributed"
-    """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, or files."""
+    transport: Literal["distributed", "shared_memory", "disk", "delta"] = "distributed"
+    """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, files, or files with what
+    changed since the last push (delta). For delta, the trainer's rank 0 and each tensor-parallel rank of a server keep
+    a copy of all weights in host memory; without a base in common, and where it would take longer, weights go whole. A
+    server on another host needs this package installed."""
     directory: Path | None = None
-    """Where the disk transport writes: a path that the server has too. Empty: in the run's directory."""
+    """Where the disk and delta transports write: a path that the server has too, and for delta may write to. Empty: in
+    the run's directory."""
     address: str = "127.0.0.1"
     """Address at which the servers reach the trainer's rank 0, for the distributed transport."""
     bucket_mb: float = Field(512.0, gt=0)

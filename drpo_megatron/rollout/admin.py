@@ -86,9 +86,14 @@ class ServerAdmin:
         }
         self._call("POST", "/update_weights_from_distributed", body, timeout_s)
 
-    def update_weights_from_tensor(self, *, payloads: list[str], flush_cache: bool, timeout_s: float) -> None:
-        """Load tensors that lie in memory which the server can map: one serialized list of (name, tensor) a rank."""
-        body = {"serialized_named_tensors": payloads, "flush_cache": flush_cache}
+    def update_weights_from_tensor(
+        self, *, payloads: list[str], flush_cache: bool, timeout_s: float, load_format: str | None = None
+    ) -> None:
+        """Load tensors that lie in memory which the server can map: one serialized list of (name, tensor) a rank.
+
+        With a `load_format`, one of the `custom_weight_loaders` gets them. An exception in it ends the server.
+        """
+        body = {"serialized_named_tensors": payloads, "flush_cache": flush_cache, "load_format": load_format}
         self._call("POST", "/update_weights_from_tensor", body, timeout_s)
 
     def update_weights_from_disk(self, *, model_path: str, timeout_s: float) -> None:
@@ -110,6 +115,10 @@ class ServerAdmin:
     def model_info(self, timeout_s: float) -> dict[str, Any]:
         """`weight_version`, `model_path` and more."""
         return self._call("GET", "/model_info", None, timeout_s)
+
+    def custom_weight_loaders(self, timeout_s: float) -> list[str]:
+        """Import paths of the functions that the server was started with for `load_format`."""
+        return self._call("GET", "/server_info", None, timeout_s).get("custom_weight_loader") or []
 
     def check_scheduler(self, timeout_s: float) -> None:
         """Return when the server's scheduler answers, paused or not; raise as above when it does not."""

@@ -136,6 +136,8 @@ class Experience:
             "sync/server_restarts": float(self.fleet.restarts),
             "sync/servers": float(len(urls)),
         }
+        if report.delta_share is not None:
+            self.sync_metrics["sync/delta_share"] = report.delta_share
         return True
 
     def _sampler(self, prompt: Prompt) -> Sampler:

@@ -181,7 +181,7 @@ def test_ahead_of_training_with_two_servers(tmp_path: Path, schedule: str) -> No
         "rollout.server.count=2",
         f"rollout.schedule={schedule}",
         "training.export=false",
-        *(["rollout.max_staleness=4"] if schedule == "asynchronous" else []),
+        *(["rollout.max_staleness=4", "sync.transport=delta"] if schedule == "asynchronous" else []),
     ]
     limit = 4 if schedule == "asynchronous" else 2
     with subprocess.Popen(

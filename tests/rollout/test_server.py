@@ -23,6 +23,7 @@ from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerCon
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerRequestError, ServersFailed, ServerStartError
 from drpo_megatron.rollout.server import SGLangServer
+from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.sync.buckets import Bucket
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
@@ -60,7 +61,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         prompts_per_step=4,
         samples_per_prompt=8,
         sampling=SAMPLING,
-        server=ServerConfig(start_timeout_s=300),
+        server=with_delta_loader(ServerConfig(start_timeout_s=300)),
     )
     server = SGLangServer(config.server, path, "float32", 0, path / "log" / "server.log")
     with server:
@@ -154,7 +155,7 @@ def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "disk"])
+@pytest.mark.parametrize("transport", ["shared_memory", "disk", "delta"])
 @pytest.mark.parametrize("bucket_mb", [1e-6, 0.05, 64.0], ids=["one tensor a bucket", "some", "all in one"])
 def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> None:
     """Real weights in, verified, for bucket sizes from one tensor to all; nothing is left in files or in memory."""
@@ -169,7 +170,7 @@ def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> Non
         assert report.verified == 3 + 4 * 8
         assert report.buckets == {1e-6: len(tensors), 64.0: 1}.get(bucket_mb, report.buckets)
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
-    (private,) = [setup.path / "sync"] if transport == "disk" else [None]
+    (private,) = [setup.path / "sync"] if transport in ("disk", "delta") else [None]
     if private is not None:
         (directory,) = private.iterdir()
         assert directory.stat().st_mode & 0o077 == 0, "weights are for this user alone"
