@@ -103,6 +103,19 @@ class ServerAdmin:
             raise ServerRequestError("/weights_checker returned no checksums")
         return [r["checksums"] for r in sorted(ranks, key=lambda r: r["parallelism_info"][0]["tp_rank"])]
 
+    def score(self, token_ids: list[int], *, routed_experts: bool, timeout_s: float) -> dict[str, Any]:
+        """`meta_info` of one prompt: the log-probs of its tokens, and its routed experts. No pause may be in effect."""
+        body = {
+            "input_ids": token_ids,
+            # A request for no new token at all takes another way through the scheduler.
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "return_routed_experts": routed_experts,
+        }
+        answer = self._call("POST", "/generate", body, timeout_s)
+        return answer["meta_info"]
+
     def model_info(self, timeout_s: float) -> dict[str, Any]:
         """`weight_version`, `model_path` and more."""
         return self._call("GET", "/model_info", None, timeout_s)

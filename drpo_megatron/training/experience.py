@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +19,7 @@ from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerError, ServersFailed
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
+from drpo_megatron.rollout.probe import ServerScore, score_on_servers
 from drpo_megatron.rollout.server import server_of
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
@@ -42,8 +43,8 @@ class Experience:
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
             self.source = load_prompts(config.data, tokenizer, config.seed)
-            experts = RoutedExpertsFormat.load(config.model.path)
-            self.driver = RolloutDriver(config.rollout, self.server, tokenizer, experts)
+            self.experts = RoutedExpertsFormat.load(config.model.path)
+            self.driver = RolloutDriver(config.rollout, self.server, tokenizer, self.experts)
             self.resources = started.pop_all()
         return self
 
@@ -110,3 +111,17 @@ class Experience:
             "sync/server_restarts": float(self.server.restarts),
         }
         return True
+
+    def probe(self, token_ids: Sequence[int]) -> dict[str, ServerScore] | None:
+        """By URL, what the servers make of `token_ids`; empty when the last push was not verified. None when the server
+        died.
+        """
+        if not self.sync_metrics["sync/verified_parameters"]:
+            return {}
+        try:
+            return score_on_servers([self.server.url], token_ids, self.config.sync.timeout_s, self.experts)
+        except ServerError as error:
+            if self.server.alive() and not isinstance(error, ServerDied):
+                raise
+            log.warning("the rollout server died when it was probed: %s", error)
+            return None

@@ -18,6 +18,7 @@ from drpo_megatron.records import RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, train_sequences
+from drpo_megatron.training.probe import SyncProbe
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
@@ -54,6 +55,7 @@ class Run:
                 self.tracker = started.enter_context(Tracker(self.config))
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.policy = Policy(self.config)
+            self.probe = SyncProbe(self.config, self.policy.hf.vocab_size)
             if self.experience:
                 self.experience.connect()
             dist.barrier(control_group())
@@ -119,7 +121,7 @@ class Run:
                 self._replace_server()
 
     def _push_weights(self) -> bool:
-        """False when the server died, and so does not have them."""
+        """False when the server died, and so does not have them. Raises ProbeMismatch on rank 0."""
         buckets = iter_hf_tensors(
             self.policy.modules, self.policy.hf, bucket_bytes=int(self.config.sync.bucket_mb * 2**20)
         )
@@ -129,7 +131,16 @@ class Run:
         else:
             for _ in buckets:  # this rank's part in gathering each bucket
                 pass
-        return bool(from_rank_0(pushed))
+        return bool(from_rank_0(pushed)) and self._probe()
+
+    def _probe(self) -> bool:
+        scores = from_rank_0(self.experience.probe(self.probe.token_ids) if self.experience else None)
+        if scores is None:
+            return False
+        metrics = self.probe.compare(self.policy, scores)
+        if self.experience:
+            self.experience.sync_metrics |= metrics
+        return True
 
     def _replace_server(self) -> None:
         """Restart the dead server and bring it to this version. Raises ServerGaveUp when its restarts are used up."""
