@@ -313,7 +313,10 @@ class SyncConfig(Section):
     bucket_mb: float = Field(512.0, gt=0)
     """Size of a flattened bucket, in MiB."""
     verify_every: int = Field(1, ge=0)
-    """Compare checksums with the server after every Nth sync. 0: after the first only."""
+    """Compare checksums with the server, and log-probs of the probe, after every Nth sync. 0: after the first only."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Stop when trainer and server differ by more than this, in nats, in the log-prob of a token of the probe, a fixed
+    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16."""
     timeout_s: float = Field(300.0, gt=0)
     """Limit of one sync."""
 

@@ -53,6 +53,7 @@ class DiskTransport:
             self._receivers.each(
                 lambda server: server.update_weights_from_disk(model_path=str(model), timeout_s=deadline.left())
             )
+            self._receivers.each(lambda server: server.wait_for_ranks(deadline.left()))
         finally:
             remove(model)
 

@@ -18,6 +18,7 @@ from drpo_megatron.records import RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, train_sequences
+from drpo_megatron.training.probe import SyncProbe
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
@@ -56,6 +57,7 @@ class Run:
                 self.tracker = started.enter_context(Tracker(self.config))
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.policy = Policy(self.config)
+            self.probe = SyncProbe(self.config, self.policy.hf.vocab_size)
             if self.experience:
                 self.experience.connect()
             dist.barrier(control_group())
@@ -127,8 +129,18 @@ class Run:
             else:
                 for _ in buckets:  # this rank's part in gathering each bucket
                     pass
-            if from_rank_0(pushed):
+            if from_rank_0(pushed) and self._probe():
                 return
+
+    def _probe(self) -> bool:
+        """Whether all servers answered. Raises ProbeMismatch on rank 0 when one computes other log-probs."""
+        scores = from_rank_0(self.experience.probe(self.probe.token_ids) if self.experience else None)
+        if scores is None:
+            return False
+        metrics = self.probe.compare(self.policy, scores)
+        if self.experience:
+            self.experience.sync_metrics |= metrics
+        return True
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""

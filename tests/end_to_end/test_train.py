@@ -78,6 +78,7 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
         assert step["mismatch/abs_dlogp_max"] < 1e-3
         assert step["ratio/max_abs_dev"] < 1e-3
         assert step["sync/verified_parameters"] > 0
+        assert step["sync/probe_abs_dlogp_max"] < 1e-3
         assert step["staleness/max"] == 1  # the second update trains on tokens that the first one's weights sampled
         assert step["response/truncated_frac"] == 1.0
     expected = (

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +197,12 @@ def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
     assert setup.weights.push(setup.model.state_dict().items(), 4).verified
 
 
-def test_many_pushes_hold_nothing(setup: Setup) -> None:
-    """Neither memory nor file handles grow, here and in the server."""
-    layout = ServerLayout.from_config(setup.path, 1, torch.float32)
-    weights = WeightSync(sync_config(transport="shared_memory", verify_every=0), layout, setup.path, setup.path)
+@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk"])
+def test_many_pushes_hold_nothing(setup: Setup, transport: str) -> None:
+    """Neither memory nor file handles grow, here and in the server: 1,000 syncs in a row under `make layouts`."""
+    count = 1000 if "DRPO_LAYOUTS" in os.environ else 100
+    settings = sync_config(transport=transport, bucket_mb=64.0, verify_every=0)
+    weights = WeightSync(settings, ServerLayout.from_config(setup.path, 1, torch.float32), setup.path, setup.path)
     weights.connect([setup.server.url])
     tensors = list(setup.model.state_dict().items())
     pids = [os.getpid(), *members(setup.server.pid or 0)]
@@ -210,15 +213,20 @@ def test_many_pushes_hold_nothing(setup: Setup) -> None:
         resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         return files, resident * os.sysconf("SC_PAGE_SIZE")
 
-    for _ in range(10):
+    warm = count // 10
+    for _ in range(warm):
         weights.push(tensors, 4)
     files, memory = held()
-    for _ in range(90):
+    start = time.monotonic()
+    for _ in range(count - warm):
         weights.push(tensors, 4)
+    seconds = time.monotonic() - start
     more_files, more_memory = held()
+    megabytes = (more_memory - memory) / 1e6
+    print(f"{transport}: {count} pushes, {seconds:.0f} s, {more_files - files} more files, {megabytes:.1f} MB more")
     assert more_files <= files + 4
-    # Half of what 90 pushes would hold that kept their weights on one side.
-    assert more_memory < memory + 45 * sum(tensor.nbytes for _, tensor in tensors)
+    # Half of what these pushes would hold that kept their weights on one side.
+    assert more_memory < memory + (count - warm) / 2 * sum(tensor.nbytes for _, tensor in tensors)
     weights.close()
 
 
