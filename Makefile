@@ -44,7 +44,8 @@ settings: $(STAMP)
 # Tests that `make test` leaves out, because they go through many layouts for many minutes.
 layouts: $(STAMP)
 	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py tests/distributed/test_determinism.py \
-	  tests/distributed/test_routing_replay.py tests/distributed/test_large_models.py
+	  tests/distributed/test_routing_replay.py tests/distributed/test_large_models.py \
+	  tests/rollout/test_sync_layouts.py tests/rollout/test_server.py
 
 # Every layout against one process: docs/results/parity.md.
 parity: $(STAMP)

@@ -4,6 +4,10 @@ SmolLM2's real weights go to a real SGLang server by each transport, and over th
 another one that only receives, in buckets of the same sizes. The ways alternate; a sample is the quotient of two
 neighbours in time. Checksums are compared in the first push of each transport and not in those that are timed. Memory
 is the growth of this process's peak over a push, in buckets. Trainer and server have a core each.
+
+The delta transport is compared with itself: the weights after one optimizer step against those before it, as a delta
+and whole, in bf16. A few steps come first, because a quantized file has many weights that are exactly zero, which each
+step changes.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ REPETITIONS = 5
 TIMEOUT_S = 300.0
 TRANSPORTS = ("distributed", "shared_memory", "disk")
 RECIPE = "smollm2_135m"
+LEARNING_RATE = 1e-6
+STEPS_BEFORE = 4
+STEP_TOKENS = 256
 
 
 def measure() -> dict[str, Figure]:
@@ -39,16 +46,18 @@ def measure() -> dict[str, Figure]:
     from drpo_megatron.config.schema import ServerConfig
     from drpo_megatron.models.recipes import ensure_model
     from drpo_megatron.rollout.server import SGLangServer
+    from drpo_megatron.rollout.server_args import with_delta_loader
     from drpo_megatron.sync.verify import ServerLayout
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         model = ensure_model(RECIPE, directory / "model")
-        with SGLangServer(ServerConfig(threads=1), model, "float32", 0, directory / "server.log") as server:
+        config = with_delta_loader(ServerConfig(threads=1))
+        with SGLangServer(config, model, "float32", 0, directory / "server.log") as server:
             url = server.wait_ready()
             layout = ServerLayout.from_config(model, 1, torch.float32)
-            return _figures(_samples(url, layout, model, directory))
+            return _figures(_samples(url, layout, model, directory)) | _delta_figures(url, model, directory)
 
 
 def _figures(samples: dict[str, list[float]]) -> dict[str, Figure]:
@@ -108,6 +117,63 @@ def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> di
         for way in ways.values():
             way.close()
     return samples
+
+
+def _delta_figures(url: str, model: Path, directory: Path) -> dict[str, Figure]:
+    from drpo_megatron.sync.buckets import make_buckets
+    from drpo_megatron.sync.delta import DeltaTransport
+    from drpo_megatron.sync.receivers import Receivers
+    from drpo_megatron.sync.transport import Deadline
+
+    before, after = _one_step(model)
+    receivers = Receivers([url], ranks=1)
+    transport = DeltaTransport(receivers, directory / "sync")
+    transport.connect()
+    receivers.each(lambda server: server.pause_generation("retract", TIMEOUT_S))
+
+    def push(tensors: list[tuple[str, torch.Tensor]]) -> tuple[int, float]:
+        start = time.perf_counter()
+        nbytes = transport.send(make_buckets(tensors, int(BUCKET_MB * 2**20)), Deadline.after(TIMEOUT_S))
+        return nbytes, time.perf_counter() - start
+
+    shares, times = [], []
+    push(after)  # the rate of the carrier
+    for _ in range(REPETITIONS):
+        transport.forget()
+        whole_bytes, whole_s = push(before)
+        delta_bytes, delta_s = push(after)
+        shares.append(delta_bytes / whole_bytes)
+        times.append(delta_s / whole_s)
+    receivers.each(lambda server: server.continue_generation(TIMEOUT_S))
+    transport.close(servers_alive=True)
+    receivers.close()
+    return {"delta_bytes_share": Figure.of(shares), "delta_time_ratio": Figure.of(times)}
+
+
+def _one_step(path: Path) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+    """The model in bf16 before and after an Adam step on fp32 main weights; the text is this file's."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    ids_T = AutoTokenizer.from_pretrained(path)(Path(__file__).read_text(), return_tensors="pt").input_ids[0]
+    versions: list[list[tuple[str, torch.Tensor]]] = []
+    for step in range(STEPS_BEFORE + 1):
+        if step == STEPS_BEFORE:
+            versions.append(_bf16(model))
+        start = step * STEP_TOKENS % (len(ids_T) - STEP_TOKENS)
+        batch_1T = ids_T[None, start : start + STEP_TOKENS]
+        adam.zero_grad()
+        model(batch_1T, labels=batch_1T).loss.backward()
+        adam.step()
+    return versions[0], _bf16(model)
+
+
+def _bf16(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    import torch
+
+    return [(name, parameter.detach().to(torch.bfloat16)) for name, parameter in model.named_parameters()]
 
 
 class _Receiver:

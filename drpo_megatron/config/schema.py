@@ -304,16 +304,23 @@ class TrainingConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["distributed", "shared_memory", "disk"] = "distributed"
-    """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, or files."""
+    transport: Literal["distributed", "shared_memory", "disk", "delta"] = "distributed"
+    """How weights reach the server: NCCL (gloo without a GPU), host memory that both map, files, or files with what
+    changed since the last push (delta). For delta, the trainer's rank 0 and each tensor-parallel rank of a server keep
+    a copy of all weights in host memory; without a base in common, and where it would take longer, weights go whole. A
+    server on another host needs this package installed."""
     directory: Path | None = None
-    """Where the disk transport writes: a path that the server has too. Empty: in the run's directory."""
+    """Where the disk and delta transports write: a path that the server has too, and for delta may write to. Empty: in
+    the run's directory."""
     address: str = "127.0.0.1"
     """Address at which the servers reach the trainer's rank 0, for the distributed transport."""
     bucket_mb: float = Field(512.0, gt=0)
     """Size of a flattened bucket, in MiB."""
     verify_every: int = Field(1, ge=0)
-    """Compare checksums with the server after every Nth sync. 0: after the first only."""
+    """Compare checksums with the server, and log-probs of the probe, after every Nth sync. 0: after the first only."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Stop when trainer and server differ by more than this, in nats, in the log-prob of a token of the probe, a fixed
+    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16."""
     timeout_s: float = Field(300.0, gt=0)
     """Limit of one sync."""
 

@@ -89,13 +89,21 @@ class ServerAdmin:
         }
         self._call("POST", "/update_weights_from_distributed", body, timeout_s)
 
-    def update_weights_from_tensor(self, *, payloads: list[str], flush_cache: bool, timeout_s: float) -> None:
-        """Load tensors that lie in memory which the server can map: one serialized list of (name, tensor) a rank."""
-        body = {"serialized_named_tensors": payloads, "flush_cache": flush_cache}
+    def update_weights_from_tensor(
+        self, *, payloads: list[str], flush_cache: bool, timeout_s: float, load_format: str | None = None
+    ) -> None:
+        """Load tensors that lie in memory which the server can map: one serialized list of (name, tensor) a rank.
+
+        With a `load_format`, one of the `custom_weight_loaders` gets them. An exception in it ends the server.
+        """
+        body = {"serialized_named_tensors": payloads, "flush_cache": flush_cache, "load_format": load_format}
         self._call("POST", "/update_weights_from_tensor", body, timeout_s)
 
     def update_weights_from_disk(self, *, model_path: str, timeout_s: float) -> None:
-        """Load a Hugging Face directory. It must not stand in a weight update; it drops the prefix cache."""
+        """Load a Hugging Face directory. It must not stand in a weight update; it drops the prefix cache.
+
+        The server's first rank answers: others may read the directory until `wait_for_ranks` has returned.
+        """
         self._call("POST", "/update_weights_from_disk", {"model_path": model_path, "flush_cache": True}, timeout_s)
 
     def release_memory(self, tags: Sequence[MemoryTag], timeout_s: float) -> None:
@@ -123,9 +131,34 @@ class ServerAdmin:
             raise ServerRequestError("/weights_checker returned no checksums")
         return [r["checksums"] for r in sorted(ranks, key=lambda r: r["parallelism_info"][0]["tp_rank"])]
 
+    def wait_for_ranks(self, timeout_s: float) -> None:
+        """Return when every tensor-parallel rank of the server is done with the requests before this one.
+
+        Most requests are answered by the first rank, when it is done itself. Checksums are gathered from all of them;
+        here of no tensor, because every name contains the empty string.
+        """
+        self._call("POST", "/weights_checker", {"action": "checksum", "skip_tensor_list": [""]}, timeout_s)
+
+    def score(self, token_ids: list[int], *, routed_experts: bool, timeout_s: float) -> dict[str, Any]:
+        """`meta_info` of one prompt: the log-probs of its tokens, and its routed experts. No pause may be in effect."""
+        body = {
+            "input_ids": token_ids,
+            # A request for no new token at all takes another way through the scheduler.
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "return_routed_experts": routed_experts,
+        }
+        answer = self._call("POST", "/generate", body, timeout_s)
+        return answer["meta_info"]
+
     def model_info(self, timeout_s: float) -> dict[str, Any]:
         """`weight_version`, `model_path` and more."""
         return self._call("GET", "/model_info", None, timeout_s)
+
+    def custom_weight_loaders(self, timeout_s: float) -> list[str]:
+        """Import paths of the functions that the server was started with for `load_format`."""
+        return self._call("GET", "/server_info", None, timeout_s).get("custom_weight_loader") or []
 
     def check_scheduler(self, timeout_s: float) -> None:
         """Return when the server's scheduler answers, paused or not; raise as above when it does not."""

@@ -27,6 +27,7 @@ from drpo_megatron.rollout.errors import ServerError, ServerGaveUp, ServersFaile
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import ExternalServer, Server, SGLangServer
+from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.rollout.state import server_state
 
 log = logging.getLogger(__name__)
@@ -409,7 +410,7 @@ def fleet_of(config: RunConfig) -> Fleet:
         experts = RoutedExpertsFormat.load(config.model.path) is not None
         servers = [
             SGLangServer(
-                settings,
+                with_delta_loader(settings) if config.sync.transport == "delta" else settings,
                 config.model.path,
                 config.model.dtype,
                 config.seed,

@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drpo_megatron.config.schema import ServerConfig
 from drpo_megatron.rollout.errors import ServerStartError
+
+# Where a server finds the receiving end of the delta transport; it is imported there, at the first push.
+DELTA_LOADER = "drpo_megatron.sync.delta_loader.load"
 
 
 @functools.cache
@@ -82,6 +86,12 @@ def check_arguments(arguments: Mapping[str, Any], reserved: Mapping[str, str]) -
             near = difflib.get_close_matches(name.replace("-", "_"), installed, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ServerStartError(f"rollout.server.args.{name} is not an argument of the installed SGLang{hint}")
+
+
+def with_delta_loader(config: ServerConfig) -> ServerConfig:
+    """The server's configuration with our loader besides those that its arguments name."""
+    loaders = [*config.args.get("custom_weight_loader", []), DELTA_LOADER]
+    return config.model_copy(update={"args": config.args | {"custom_weight_loader": loaders}})
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -53,12 +53,13 @@ class DiskTransport:
             self._receivers.each(
                 lambda server: server.update_weights_from_disk(model_path=str(model), timeout_s=deadline.left())
             )
+            self._receivers.each(lambda server: server.wait_for_ranks(deadline.left()))
         finally:
-            _remove(model)
+            remove(model)
 
     def close(self, *, servers_alive: bool) -> None:
         if self._private is not None:
-            _remove(self._private)
+            remove(self._private)
             self._private = None
 
     def _write(self, model: Path, buckets: Iterator[Bucket]) -> None:
@@ -77,7 +78,9 @@ class DiskTransport:
             ) from error
 
 
-def _remove(directory: Path) -> None:
-    """What cannot be removed is said and stays: a network file system keeps files that the server has open."""
+def remove(directory: Path) -> None:
+    """With its files. What cannot be removed is said and stays: a network file system keeps files that the server has
+    open.
+    """
     if directory.exists():
         shutil.rmtree(directory, onexc=lambda _, path, error: log.warning("%s is left behind: %s", path, error))

@@ -14,6 +14,7 @@ from drpo_megatron.config.schema import SyncConfig
 from drpo_megatron.platform import backend, device
 from drpo_megatron.rollout.errors import ServerError, ServersFailed
 from drpo_megatron.sync.buckets import Bucket, make_buckets
+from drpo_megatron.sync.delta import DeltaTransport
 from drpo_megatron.sync.disk import DiskTransport
 from drpo_megatron.sync.distributed import DistributedTransport
 from drpo_megatron.sync.receivers import Receivers
@@ -27,7 +28,9 @@ _PROBE_S = 20.0  # of a server that may be busy with loading a bucket
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one push did. `verified`: parameters (of one rank) whose checksum was compared, 0 when none were."""
+    """What one push did. `bytes`: that went out. `verified`: parameters (of one rank) whose checksum was compared, 0
+    when none were. `delta_share`: `bytes` over those of the weights, for the delta transport only.
+    """
 
     version: int
     tensors: int
@@ -35,13 +38,15 @@ class SyncReport:
     bytes: int
     seconds: float
     verified: int
+    delta_share: float | None = None
 
 
 class WeightSync:
     """Pushes weights to the servers of a fleet. Lives on the trainer's global rank 0.
 
     `layout` describes a server's sharding, `source` is the model's Hugging Face directory, `directory` where the disk
-    transport writes if the configuration does not say. Connecting and every push are bounded by `config.timeout_s`.
+    and delta transports write if the configuration does not say. Connecting and every push are bounded by
+    `config.timeout_s`.
     """
 
     def __init__(
@@ -123,6 +128,8 @@ class WeightSync:
             return SharedMemoryTransport(receivers)
         if config.transport == "disk":
             return DiskTransport(receivers, self._directory, self._source, self._bucket_bytes)
+        if config.transport == "delta":
+            return DeltaTransport(receivers, self._directory)
         return DistributedTransport(receivers, config.address, backend(), device(), config.timeout_s)
 
     def _push(self, stream: Iterator[tuple[str, torch.Tensor]], version: int, stay_paused: bool) -> SyncReport:
@@ -138,7 +145,7 @@ class WeightSync:
         sent = _Count()
         servers = self._receivers
         servers.each(lambda server: server.pause_generation("retract", deadline.left()))
-        self._transport.send(sent.pass_on(itertools.chain([first], buckets)), deadline)
+        encoded = self._transport.send(sent.pass_on(itertools.chain([first], buckets)), deadline)
         verified = 0
         if expected:
             for checksums in servers.each(lambda server: server.weight_checksums(deadline.left())):
@@ -147,7 +154,15 @@ class WeightSync:
         if not stay_paused:
             servers.each(lambda server: server.continue_generation(deadline.left()))
         self._pushes += 1
-        return SyncReport(version, sent.tensors, sent.buckets, sent.nbytes, time.monotonic() - start, verified)
+        return SyncReport(
+            version,
+            sent.tensors,
+            sent.buckets,
+            sent.nbytes if encoded is None else encoded,
+            time.monotonic() - start,
+            verified,
+            delta_share=None if encoded is None else encoded / sent.nbytes,
+        )
 
     @property
     def _bucket_bytes(self) -> int:

@@ -45,9 +45,10 @@ class Transport(Protocol):
     def connect(self) -> None:
         """Be ready to send, within sync.timeout_s."""
 
-    def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
+    def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> int | None:
         """Bring every bucket into the servers' models; return when they hold the last one. `buckets` is not empty, and
-        a bucket's tensors may change once the next is asked for.
+        a bucket's tensors may change once the next is asked for. Returns the bytes that went out where they are not the
+        buckets'.
         """
 
     def close(self, *, servers_alive: bool) -> None:

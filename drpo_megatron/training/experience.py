@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -23,15 +23,18 @@ from drpo_megatron.rollout.driver import decode
 from drpo_megatron.rollout.errors import ServerDied, ServerError, ServersFailed
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.fleet import fleet_of
+from drpo_megatron.rollout.probe import ServerScore, score_on_servers
 from drpo_megatron.rollout.producer import RolloutProducer, Sampler
 from drpo_megatron.rollout.sampler import GroupSampler
 from drpo_megatron.rollout.turns import FunctionSampler
 from drpo_megatron.sync.push import WeightSync
+from drpo_megatron.sync.receivers import Receivers
 from drpo_megatron.sync.verify import ServerLayout
 
 log = logging.getLogger(__name__)
 
 _ABORT_S = 30.0
+_PROBE_S = 20.0
 
 
 class Experience:
@@ -49,12 +52,12 @@ class Experience:
             self.fleet = started.enter_context(fleet_of(config))
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
             self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            experts = RoutedExpertsFormat.load(config.model.path)
+            self.experts = RoutedExpertsFormat.load(config.model.path)
             self.producer = RolloutProducer(
                 config.rollout,
                 config.training.updates_per_batch,
                 load_prompts(config.data, self.tokenizer, config.seed),
-                client=lambda: RolloutClient(self.fleet, config.rollout, experts),
+                client=lambda: RolloutClient(self.fleet, config.rollout, self.experts),
                 sampler=self._sampler,
                 finish=self._finish,
                 abort=self._abort,
@@ -143,7 +146,27 @@ class Experience:
             "sync/server_restarts": float(self.fleet.restarts),
             "sync/servers": float(len(urls)),
         }
+        if report.delta_share is not None:
+            self.sync_metrics["sync/delta_share"] = report.delta_share
         return True
+
+    def probe_is_due(self) -> bool:
+        """Whether the last push was verified."""
+        return self.sync_metrics["sync/verified_parameters"] > 0
+
+    def probe(self, token_ids: Sequence[int]) -> dict[str, ServerScore] | None:
+        """By URL, what the servers make of `token_ids`. None when one of them died."""
+        urls, key = self.fleet.serving_urls(), self.fleet.api_key
+        try:
+            return score_on_servers(urls, token_ids, self.config.sync.timeout_s, self.experts, key)
+        except ServerError as error:
+            with contextlib.closing(Receivers(urls, 1, key)) as servers:
+                gone = servers.unresponsive(_PROBE_S)
+            if not gone:
+                raise
+            log.warning("a rollout server died when it was probed: %s", error)
+            self.fleet.report(gone)
+            return None
 
     def _sampler(self, prompt: Prompt) -> Sampler:
         rollout = self.config.rollout

@@ -7,6 +7,8 @@ the fullest moment is the trainer's weights beside a server's:
     train      servers: nothing               trainer: weights, gradients, optimizer state
     sync       servers: weights               trainer: weights
 
+The probe after a sync is asked in a turn of the servers, and computed by the trainer in one more turn of the sync.
+
 What stays on a device either way: CUDA contexts, communicators, captured graphs, the modules' small buffers.
 
 On a GPU this has not been run: see docs/gpu-checklist.md.
@@ -44,7 +46,10 @@ class Placement(Protocol):
         """The trainer is whole on its devices: to train, and to write a checkpoint or the model."""
 
     def for_sync(self) -> None:
-        """The trainer's weights and the servers' are both on their devices."""
+        """The trainer's weights and the servers' are both on their devices: to push them, and for a forward pass."""
+
+    def for_probe(self) -> None:
+        """The servers compute, with weights that were just pushed; sampling does not go on yet."""
 
 
 def placement_of(config: RunConfig, experience: Experience | None) -> Placement:
@@ -75,6 +80,9 @@ class Disaggregated:
     def for_sync(self) -> None:
         pass
 
+    def for_probe(self) -> None:
+        pass
+
 
 class Colocated:
     """Whoever gives memory back does it on every rank before anyone takes it.
@@ -98,10 +106,9 @@ class Colocated:
 
     def for_generation(self) -> None:
         """Raises RuntimeError when no sync brought the servers' weights back."""
-        self._trainer.to_host()
-        _barrier()
-        if self._experience and self._servers and self._experience.fleet.is_lent:
-            self._servers.resume_all()
+        goes_on = self._experience is not None and self._experience.fleet.is_lent
+        self.for_probe()
+        if self._experience and goes_on:
             self._experience.go_on()
 
     def for_training(self) -> None:
@@ -121,6 +128,12 @@ class Colocated:
         _barrier()
         if self._servers:
             self._servers.resume_weights()
+
+    def for_probe(self) -> None:
+        self._trainer.to_host()
+        _barrier()
+        if self._servers:
+            self._servers.resume_all()
 
 
 def _barrier() -> None:

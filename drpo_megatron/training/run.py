@@ -19,6 +19,7 @@ from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, train_sequences
 from drpo_megatron.training.placement import placement_of
+from drpo_megatron.training.probe import SyncProbe
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
@@ -50,6 +51,7 @@ class Run:
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.placement = placement_of(self.config, self.experience)
             self.policy = self.placement.start(lambda: Policy(self.config))
+            self.probe = SyncProbe(self.config, self.policy.hf.vocab_size)
             dist.barrier(control_group())
             self.resources = started.pop_all()
         return self
@@ -123,8 +125,22 @@ class Run:
             else:
                 for _ in buckets:  # this rank's part in gathering each bucket
                     pass
-            if from_rank_0(pushed):
+            if from_rank_0(pushed) and self._probe():
                 return
+
+    def _probe(self) -> bool:
+        """Whether all servers answered. Raises ProbeMismatch on rank 0 when one computes other log-probs."""
+        if not from_rank_0(self.experience.probe_is_due() if self.experience else None):
+            return True
+        self.placement.for_probe()
+        scores = from_rank_0(self.experience.probe(self.probe.token_ids) if self.experience else None)
+        if scores is None:
+            return False
+        self.placement.for_sync()
+        metrics = self.probe.compare(self.policy, scores)
+        if self.experience:
+            self.experience.sync_metrics |= metrics
+        return True
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""

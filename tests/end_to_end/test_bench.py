@@ -50,6 +50,9 @@ def test_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     # A bucket is on the wire: less would mean that memory is not counted.
     assert figures["peak_extra_buckets"].value >= 1
     assert all(figures[name].value > 0 for name in figures if name.endswith("ratio_to_broadcast"))
+    # A step of 1e-6 rounds away in all but about one in a hundred weights of 16 bits.
+    assert 0.001 < figures["delta_bytes_share"].value < 0.03
+    assert 0 < figures["delta_time_ratio"].value < 2
 
 
 @pytest.fixture

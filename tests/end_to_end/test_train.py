@@ -81,6 +81,7 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
         assert step["mismatch/abs_dlogp_max"] < 1e-3
         assert step["ratio/max_abs_dev"] < 1e-3
         assert step["sync/verified_parameters"] > 0
+        assert step["sync/probe_abs_dlogp_max"] < 1e-3
         assert step["staleness/max"] == 1  # the second update trains on tokens that the first one's weights sampled
         assert step["response/truncated_frac"] == 1.0
     expected = (
@@ -138,6 +139,7 @@ def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:
         # bf16 on both sides: a few units in the last place of a log-probability of some nats
         assert step["mismatch/abs_dlogp_mean"] < 0.05
         assert step["sync/verified_parameters"] > 0
+        assert 0 < step["sync/probe_abs_dlogp_max"] < 0.5
         assert step["train/skipped_updates"] == 0 and step["grad_norm"] > 0
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000004.jsonl").open()]
     assert {v for r in rollouts for v in r["weight_versions"]} == {8}
@@ -223,7 +225,7 @@ def test_ahead_of_training_with_two_servers(tmp_path: Path, schedule: str) -> No
         "rollout.server.count=2",
         f"rollout.schedule={schedule}",
         "training.export=false",
-        *(["rollout.max_staleness=4"] if schedule == "asynchronous" else []),
+        *(["rollout.max_staleness=4", "sync.transport=delta"] if schedule == "asynchronous" else []),
     ]
     limit = 4 if schedule == "asynchronous" else 2
     with subprocess.Popen(

@@ -35,6 +35,7 @@ def test_the_trainer_follows_the_servers_experts(tmp_path: Path) -> None:
         assert step["router/own_disagreement"] < 0.02
         assert step["mismatch/abs_dlogp_max"] < 1e-3
         assert step["sync/verified_parameters"] > 0
+        assert step["sync/probe_abs_dlogp_max"] < 1e-3
         assert 1 <= step["moe/aux_loss"] < 8
         assert step["train/skipped_updates"] == 0
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000002.jsonl").open()]
@@ -42,3 +43,16 @@ def test_the_trainer_follows_the_servers_experts(tmp_path: Path) -> None:
         positions = len(rollout["prompt"]["token_ids"]) + len(rollout["response_ids"]) - 1
         assert rollout["left_out"] == {"routed_experts": [positions, MOE_LAYERS, EXPERTS_A_TOKEN]}
     assert {v for r in rollouts for v in r["weight_versions"]} == {4}  # two updates in each of the steps before
+
+
+def test_engines_that_differ_stop_the_run(tmp_path: Path) -> None:
+    """They always differ by more than this; the message tells that the weights do not."""
+    arguments = [sys.executable, "-m", "drpo_megatron.cli", "train", str(ROOT / "configs" / "tiny-qwen3-moe.yaml")]
+    settings = [f"tracking.directory={tmp_path}", f"model.path={tmp_path / 'model'}", "tracking.wandb=false"]
+    one = ["name=run", "training.steps=1", "sync.probe_tolerance=1e-12"]
+    done = subprocess.run([*arguments, *settings, *one], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 1
+    said = (tmp_path / "run" / "log" / "error_rank_0.txt").read_text()
+    assert said.startswith("ProbeMismatch: trainer and rollout server http://127.0.0.1:")
+    assert "sync.probe_tolerance is 1e-12; no tensor differs: the engines compute differently" in said
+    assert said.removeprefix("ProbeMismatch: ").strip() in done.stdout + done.stderr

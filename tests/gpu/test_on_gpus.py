@@ -83,7 +83,7 @@ def train(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, Any]]:
     return steps
 
 
-@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk"])
+@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk", "delta"])
 def test_quickstart_on_gpus(tmp_path: Path, transport: str) -> None:
     """NCCL, the distributed optimizer, checksums of GPU weights; the other ways for weights."""
     steps = train(tmp_path, "quickstart", f"sync.transport={transport}")

@@ -60,6 +60,15 @@ def perturb(model: PreTrainedModel, seed: int) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
+def nudge(model: PreTrainedModel, seed: int) -> None:
+    """Change one element in a hundred, so much that the log-probs show it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            chosen = torch.rand(parameter.shape, generator=generator) < 0.01
+            parameter.add_(chosen * torch.randn(parameter.shape, generator=generator))
+
+
 def members(process_group: int) -> list[int]:
     """Process ids in a process group that still run (a zombie does not)."""
     running = []

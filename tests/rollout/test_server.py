@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerCon
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerRequestError, ServersFailed, ServerStartError
 from drpo_megatron.rollout.server import SGLangServer
+from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.sync.buckets import Bucket
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
@@ -60,7 +62,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         prompts_per_step=4,
         samples_per_prompt=8,
         sampling=SAMPLING,
-        server=ServerConfig(start_timeout_s=300),
+        server=with_delta_loader(ServerConfig(start_timeout_s=300)),
     )
     server = SGLangServer(config.server, path, "float32", 0, path / "log" / "server.log")
     with server:
@@ -154,7 +156,7 @@ def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "disk"])
+@pytest.mark.parametrize("transport", ["shared_memory", "disk", "delta"])
 @pytest.mark.parametrize("bucket_mb", [1e-6, 0.05, 64.0], ids=["one tensor a bucket", "some", "all in one"])
 def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> None:
     """Real weights in, verified, for bucket sizes from one tensor to all; nothing is left in files or in memory."""
@@ -169,7 +171,7 @@ def test_other_transports(setup: Setup, transport: str, bucket_mb: float) -> Non
         assert report.verified == 3 + 4 * 8
         assert report.buckets == {1e-6: len(tensors), 64.0: 1}.get(bucket_mb, report.buckets)
     assert largest_logprob_error(setup.driver.generate(PROMPTS), setup.model, SAMPLING.temperature) < TOLERANCE
-    (private,) = [setup.path / "sync"] if transport == "disk" else [None]
+    (private,) = [setup.path / "sync"] if transport in ("disk", "delta") else [None]
     if private is not None:
         (directory,) = private.iterdir()
         assert directory.stat().st_mode & 0o077 == 0, "weights are for this user alone"
@@ -195,10 +197,12 @@ def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
     assert setup.weights.push(setup.model.state_dict().items(), 4).verified
 
 
-def test_many_pushes_hold_nothing(setup: Setup) -> None:
-    """Neither memory nor file handles grow, here and in the server."""
-    layout = ServerLayout.from_config(setup.path, 1, torch.float32)
-    weights = WeightSync(sync_config(transport="shared_memory", verify_every=0), layout, setup.path, setup.path)
+@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk"])
+def test_many_pushes_hold_nothing(setup: Setup, transport: str) -> None:
+    """Neither memory nor file handles grow, here and in the server: 1,000 syncs in a row under `make layouts`."""
+    count = 1000 if "DRPO_LAYOUTS" in os.environ else 100
+    settings = sync_config(transport=transport, bucket_mb=64.0, verify_every=0)
+    weights = WeightSync(settings, ServerLayout.from_config(setup.path, 1, torch.float32), setup.path, setup.path)
     weights.connect([setup.server.url])
     tensors = list(setup.model.state_dict().items())
     pids = [os.getpid(), *members(setup.server.pid or 0)]
@@ -209,15 +213,20 @@ def test_many_pushes_hold_nothing(setup: Setup) -> None:
         resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         return files, resident * os.sysconf("SC_PAGE_SIZE")
 
-    for _ in range(10):
+    warm = count // 10
+    for _ in range(warm):
         weights.push(tensors, 4)
     files, memory = held()
-    for _ in range(90):
+    start = time.monotonic()
+    for _ in range(count - warm):
         weights.push(tensors, 4)
+    seconds = time.monotonic() - start
     more_files, more_memory = held()
+    megabytes = (more_memory - memory) / 1e6
+    print(f"{transport}: {count} pushes, {seconds:.0f} s, {more_files - files} more files, {megabytes:.1f} MB more")
     assert more_files <= files + 4
-    # Half of what 90 pushes would hold that kept their weights on one side.
-    assert more_memory < memory + 45 * sum(tensor.nbytes for _, tensor in tensors)
+    # Half of what these pushes would hold that kept their weights on one side.
+    assert more_memory < memory + (count - warm) / 2 * sum(tensor.nbytes for _, tensor in tensors)
     weights.close()
 
 

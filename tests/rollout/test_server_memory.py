@@ -119,7 +119,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         made.weights.close(servers_alive=False)
 
 
-@pytest.mark.parametrize("transport", ["disk", "distributed"])
+@pytest.mark.parametrize("transport", ["disk", "delta", "delta", "distributed"])
 def test_the_turns_of_a_step(setup: Setup, transport: str) -> None:
     """Every verb said twice: only what is still to do is asked for, and the log-probs are the model's."""
     memory = setup.memory

@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny_models
-from tests.rollout.helpers import OneServer, largest_logprob_error, make_prompts, members, perturb, wait_until_gone
+from tests.rollout.helpers import (
+    OneServer,
+    largest_logprob_error,
+    make_prompts,
+    members,
+    nudge,
+    perturb,
+    wait_until_gone,
+)
 
 pytestmark = pytest.mark.server
 
@@ -26,6 +34,7 @@ def trainer(path: Path) -> None:
     from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
     from drpo_megatron.rollout.driver import RolloutDriver
     from drpo_megatron.rollout.server import SGLangServer
+    from drpo_megatron.rollout.server_args import with_delta_loader
     from drpo_megatron.sync.push import WeightSync
     from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
 
@@ -34,7 +43,7 @@ def trainer(path: Path) -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=12)
-    server_config = ServerConfig(tensor_parallel=2)
+    server_config = with_delta_loader(ServerConfig(tensor_parallel=2))
     config = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=sampling, server=server_config)
     server = SGLangServer(server_config, path, "float32", 0, path / "server.log")
     server.start()
@@ -48,7 +57,7 @@ def trainer(path: Path) -> None:
     report = weights.push(model.named_parameters(), 1)
     groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
     errors = {"distributed": largest_logprob_error(groups, model, 1.0)}
-    for version, transport in enumerate(("shared_memory", "disk"), start=2):
+    for version, transport in enumerate(("shared_memory", "disk", "delta"), start=2):
         settings = SyncConfig(transport=transport, bucket_mb=0.05, timeout_s=60)
         other = WeightSync(settings, layout, path, path / "sync")
         other.connect([url])
@@ -56,6 +65,13 @@ def trainer(path: Path) -> None:
         assert other.push(model.named_parameters(), version).verified == report.verified
         groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
         errors[transport] = largest_logprob_error(groups, model, 1.0)
+        if transport == "delta":
+            nudge(model, 5)
+            again = other.push(model.named_parameters(), 5)
+            assert again.verified == report.verified
+            groups = driver.generate(make_prompts(4, tiny_models.VOCAB_SIZE))
+            errors["second delta"] = largest_logprob_error(groups, model, 1.0)
+            share = again.delta_share
         other.close()
     seen = {
         "pid": server.pid,
@@ -64,10 +80,11 @@ def trainer(path: Path) -> None:
         "versions": sorted({v for g in groups for r in g.rollouts for v in r.weight_versions}),
         "processes": len(members(server.pid or 0)),
         "mismatch": [],
+        "delta_share": share,
     }
     name = "model.layers.2.self_attn.k_proj.bias"
     try:
-        weights.push([(n, t) for n, t in model.named_parameters() if n != name], 4)
+        weights.push([(n, t) for n, t in model.named_parameters() if n != name], 6)
     except SyncMismatch as error:
         seen["mismatch"] = error.names
     print("SEEN " + json.dumps(seen), flush=True)
@@ -90,7 +107,8 @@ def test_two_ranks_and_a_killed_trainer(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     seen = json.loads(line.removeprefix("SEEN "))
-    assert seen["errors"].keys() == {"distributed", "shared_memory", "disk"} and seen["versions"] == [3]
+    assert seen["errors"].keys() == {"distributed", "shared_memory", "disk", "delta", "second delta"}
+    assert seen["versions"] == [5] and 0 < seen["delta_share"] < 0.1
     assert max(seen["errors"].values()) < 1e-4
     # embeddings and last norm; a layer has 2 norms, 4 projections and the bias of the first
     assert seen["verified"] == 2 + 4 * 7

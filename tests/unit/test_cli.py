@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from drpo_megatron import cli
+from drpo_megatron.config import load_config
 from drpo_megatron.models.recipes import ensure_model
+from drpo_megatron.rollout.server import server_of
+from drpo_megatron.rollout.server_args import DELTA_LOADER
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -108,3 +111,14 @@ def test_overrides_may_stand_behind_options() -> None:
     assert parsed.dry_run and parsed.overrides == ["x.y=1", "z=2"]
     with pytest.raises(SystemExit):
         cli.parse_arguments(["train", "a.yaml", "--dry-rum", "z=2"])
+
+
+def test_servers_of_a_delta_run_get_its_loader(model: Path) -> None:
+    def flags(*overrides: str) -> list[str]:
+        base = [f"model.path={model}", "model.recipe=null", "rollout.server.args={custom_weight_loader: [a.b]}"]
+        return server_of(load_config(QUICKSTART, [*base, *overrides])).command(1)[0]
+
+    plain, delta = flags(), flags("sync.transport=delta")
+    at = plain.index("--custom-weight-loader")
+    assert plain[at + 1] == "a.b"
+    assert delta == [*plain[: at + 2], DELTA_LOADER, *plain[at + 2 :]]

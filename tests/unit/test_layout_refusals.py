@@ -372,6 +372,8 @@ COLOCATED = "rollout.placement=colocated parallel.tensor=2 "
             ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", "take expandable_segments out"),
         ),
         (True, "sync.transport=shared_memory rollout.server.devices=[1]", {}, ()),
+        # it gives a server all weights, from what both keep in host memory
+        (True, "sync.transport=delta", {}, ()),
         (True, "sync.transport=shared_memory rollout.server.count=2 rollout.server.devices=[1,0]", {}, ()),
         (False, "rollout.server.tensor_parallel=2 sync.transport=distributed", {}, ()),
     ],
