@@ -15,16 +15,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import StrEnum
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 from drpo_megatron.config.schema import RunConfig, ServerConfig
-from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerError, ServerGaveUp, ServersFailed, ServerStartError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
+from drpo_megatron.rollout.member import Fault, Member, State
 from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import ExternalServer, Server, SGLangServer
 from drpo_megatron.rollout.server_args import with_delta_loader
@@ -37,48 +35,6 @@ _BACKOFF_S = 1.0  # before the first restart of a server; it doubles with each
 _MAX_BACKOFF_S = 60.0
 _CHECK_EVERY_S = 5.0
 _CHECKS_THAT_MAY_FAIL = 1  # a server under load may miss one
-
-
-class State(StrEnum):
-    STARTING = "starting"
-    WAITING = "waiting for weights"
-    SERVING = "serving"
-    RESTING = "waiting to restart"
-    LOST = "given up"
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """What a check found. `old_weights`: the server is well and holds other weights than it was given."""
-
-    reason: str
-    old_weights: bool = False
-
-
-@dataclass
-class Member:
-    """One server of the fleet. `version`: of the weights it got in the last push it took part in."""
-
-    name: str
-    server: Server
-    state: State = State.STARTING
-    version: int | None = None
-    restarts: int = 0
-    at: float = 0.0
-    """When it started, or when it is to be restarted; monotonic clock."""
-    failed_checks: int = 0
-    next_check: float = 0.0
-    check: Future[_Fault | None] | None = None
-    reason: str = ""
-    """Why it was last taken out."""
-    log_tail: str = ""
-
-    def row(self) -> str:
-        """For people: a line of the table."""
-        version = "none" if self.version is None else str(self.version)
-        url = "no address" if self.state in (State.RESTING, State.LOST) else self.server.url
-        last = f", last failure: {self.reason}" if self.reason else ""
-        return f"{self.name} ({url}): {self.state}, weight version {version}, {self.restarts} restarts{last}"
 
 
 class Fleet:
@@ -317,23 +273,9 @@ class Fleet:
             if member.check.done():
                 self._judge(member, member.check.result())
         elif member.state is State.STARTING or (now >= member.next_check and not self._quiet):
-            member.check = self._checks.submit(self._examine, member.server, member.state, member.version)
+            member.check = self._checks.submit(member.examine, self._config.health_timeout_s, self.api_key)
 
-    def _examine(self, server: Server, state: State, version: int | None) -> _Fault | None:
-        """Asked from a thread of its own, because the answer may take as long as the limit."""
-        limit_s = self._config.health_timeout_s
-        if not server.healthy(limit_s):
-            return _Fault(f"does not generate within rollout.server.health_timeout_s = {limit_s:g} s")
-        if state is State.SERVING:
-            try:
-                held = ServerAdmin(server.url, self.api_key).model_info(limit_s)["weight_version"]
-            except ServerError as error:
-                return _Fault(str(error))
-            if held != str(version):
-                return _Fault(f"has weight version {held} where the last push was {version}", old_weights=True)
-        return None
-
-    def _judge(self, member: Member, fault: _Fault | None) -> None:
+    def _judge(self, member: Member, fault: Fault | None) -> None:
         member.check = None
         now = time.monotonic()
         if member.state is State.STARTING:
@@ -394,7 +336,8 @@ class Fleet:
         self._router.restarts += 1
         self._router.start()
         self._router.wait_ready()
-        self._route()
+        if not self._quiet:  # it would ask paused servers to generate; the end of the push routes to them
+            self._route()
 
 
 def fleet_of(config: RunConfig) -> Fleet:

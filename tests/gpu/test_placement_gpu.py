@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.fleet import Fleet, Member
+from drpo_megatron.rollout.fleet import Fleet
+from drpo_megatron.rollout.member import Member
 from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.push import WeightSync

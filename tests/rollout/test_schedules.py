@@ -22,7 +22,8 @@ from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.client import RolloutClient
 from drpo_megatron.rollout.errors import ServerDied
-from drpo_megatron.rollout.fleet import Fleet, Member
+from drpo_megatron.rollout.fleet import Fleet
+from drpo_megatron.rollout.member import Member
 from drpo_megatron.rollout.producer import RolloutProducer, Sampler
 from drpo_megatron.rollout.sampler import GroupSampler
 from drpo_megatron.rollout.server import SGLangServer

@@ -24,7 +24,8 @@ from drpo_megatron.records import RolloutGroup
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServersFailed
-from drpo_megatron.rollout.fleet import Fleet, Member, State
+from drpo_megatron.rollout.fleet import Fleet
+from drpo_megatron.rollout.member import Member, State
 from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import SGLangServer

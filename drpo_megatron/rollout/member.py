@@ -1,0 +1,67 @@
+"""One server of a fleet: its state, and what a check finds."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+
+from drpo_megatron.rollout.admin import ServerAdmin
+from drpo_megatron.rollout.errors import ServerError
+from drpo_megatron.rollout.server import Server
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    WAITING = "waiting for weights"
+    SERVING = "serving"
+    RESTING = "waiting to restart"
+    LOST = "given up"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a check found. `old_weights`: the server is well and holds other weights than it was given."""
+
+    reason: str
+    old_weights: bool = False
+
+
+@dataclass
+class Member:
+    """One server of the fleet. `version`: of the weights it got in the last push it took part in."""
+
+    name: str
+    server: Server
+    state: State = State.STARTING
+    version: int | None = None
+    restarts: int = 0
+    at: float = 0.0
+    """When it started, or when it is to be restarted; monotonic clock."""
+    failed_checks: int = 0
+    next_check: float = 0.0
+    check: Future[Fault | None] | None = None
+    reason: str = ""
+    """Why it was last taken out."""
+    log_tail: str = ""
+
+    def row(self) -> str:
+        """For people: a line of the table."""
+        version = "none" if self.version is None else str(self.version)
+        url = "no address" if self.state in (State.RESTING, State.LOST) else self.server.url
+        last = f", last failure: {self.reason}" if self.reason else ""
+        return f"{self.name} ({url}): {self.state}, weight version {version}, {self.restarts} restarts{last}"
+
+    def examine(self, limit_s: float, api_key: str | None) -> Fault | None:
+        """What is wrong with it now, asked of the server: may take twice `limit_s`."""
+        server, state, version = self.server, self.state, self.version
+        if not server.healthy(limit_s):
+            return Fault(f"does not generate within rollout.server.health_timeout_s = {limit_s:g} s")
+        if state is State.SERVING:
+            try:
+                held = ServerAdmin(server.url, api_key).model_info(limit_s)["weight_version"]
+            except ServerError as error:
+                return Fault(str(error))
+            if held != str(version):
+                return Fault(f"has weight version {held} where the last push was {version}", old_weights=True)
+        return None
