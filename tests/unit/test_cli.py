@@ -13,7 +13,7 @@ import pytest
 from drpo_megatron import cli
 from drpo_megatron.config import load_config
 from drpo_megatron.models.recipes import ensure_model
-from drpo_megatron.rollout.server import server_of
+from drpo_megatron.rollout.fleet import fleet_of
 from drpo_megatron.rollout.server_args import DELTA_LOADER
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -116,7 +116,7 @@ def test_overrides_may_stand_behind_options() -> None:
 def test_servers_of_a_delta_run_get_its_loader(model: Path) -> None:
     def flags(*overrides: str) -> list[str]:
         base = [f"model.path={model}", "model.recipe=null", "rollout.server.args={custom_weight_loader: [a.b]}"]
-        return server_of(load_config(QUICKSTART, [*base, *overrides])).command(1)[0]
+        return fleet_of(load_config(QUICKSTART, [*base, *overrides])).commands()[0]
 
     plain, delta = flags(), flags("sync.transport=delta")
     at = plain.index("--custom-weight-loader")
