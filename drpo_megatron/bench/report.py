@@ -43,6 +43,14 @@ class Figure:
         return {"value": self.value, "spread": list(self.spread), "must": self.must, "holds": self.holds}
 
 
+def machine() -> dict[str, Any]:
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in VERSIONS_OF}
+
+
 def run_bench(name: str, as_json: bool) -> int:
     """Run one bench and print its figures; as one JSON object last on stdout with `as_json`. Returns the exit code."""
     figures: dict[str, Figure] = importlib.import_module(f"drpo_megatron.bench.{name}").measure()
@@ -52,8 +60,8 @@ def run_bench(name: str, as_json: bool) -> int:
     if as_json:
         report = {
             "bench": name,
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-            "versions": {package: importlib.metadata.version(package) for package in VERSIONS_OF},
+            "machine": machine(),
+            "versions": versions(),
             "figures": {key: figure.to_json() for key, figure in figures.items()},
         }
         print(json.dumps(report))

@@ -21,12 +21,13 @@ from drpo_megatron.data.prompts import PromptSource
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.client import RolloutClient
-from drpo_megatron.rollout.errors import ServerDied
+from drpo_megatron.rollout.driver import RolloutDriver
+from drpo_megatron.rollout.errors import ServerDied, ServerStartError
 from drpo_megatron.rollout.fleet import Fleet
 from drpo_megatron.rollout.member import Member
 from drpo_megatron.rollout.producer import RolloutProducer, Sampler
 from drpo_megatron.rollout.sampler import GroupSampler
-from drpo_megatron.rollout.server import SGLangServer
+from drpo_megatron.rollout.server import ExternalServer, SGLangServer
 from drpo_megatron.rollout.turns import FunctionSampler, Session, Trajectory
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
@@ -204,6 +205,31 @@ def test_turns_with_inserted_tokens(setup: Setup) -> None:
         assert rollout.response_mask == [1] * 7 + [0] * len(inserted) + [1] * 9
         assert rollout.response_ids[7:-9] == inserted
     assert setup.largest_error(made) < TOLERANCE
+
+
+def test_a_server_that_was_started_elsewhere(setup: Setup) -> None:
+    """Known by its address alone, it gets the weights, serves, and is left running."""
+    config = ServerConfig(addresses=[setup.fleet.url])
+    with Fleet(config, [Member("server-0", ExternalServer(setup.fleet.url))], None, None) as elsewhere:
+        elsewhere.wait_all()
+        assert elsewhere.commands() == [] and elsewhere.up() == [setup.fleet.url]
+        other = Setup(elsewhere, setup.weights, setup.path, setup.models)
+        with setup.fleet.paused():
+            other.push()
+        setup.fleet.admit(setup.fleet.up(), setup.version)
+        groups = RolloutDriver(settings(), elsewhere, AutoTokenizer.from_pretrained(setup.path)).generate(PROMPTS[:4])
+        assert f"weight version {setup.version}" in "\n".join(elsewhere.states())
+    assert {v for r in rollouts_of(groups) for v in r.weight_versions} == {setup.version}
+    assert setup.largest_error(rollouts_of(groups)) < TOLERANCE
+    assert setup.fleet.serving() == 1
+    nobody = Fleet(
+        ServerConfig(start_timeout_s=1, health_timeout_s=1, max_restarts=0),
+        [Member("server-0", ExternalServer("http://127.0.0.1:9"))],
+        None,
+        None,
+    )
+    with nobody, pytest.raises(ServerStartError, match=r"not ready after rollout\.server\.start_timeout_s = 1 s"):
+        nobody.wait_all()
 
 
 def test_a_death_is_waited_out(setup: Setup) -> None:
