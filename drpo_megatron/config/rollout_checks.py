@@ -102,9 +102,14 @@ def _addresses(config: RunConfig) -> Iterator[str]:
     if elsewhere and sync.transport == "shared_memory":
         yield (
             "sync.transport: shared_memory reaches servers on this host only, and rollout.server.addresses names "
-            "others; set it to distributed or disk"
+            "others; set it to distributed, delta or disk"
         )
-    if sync.directory is not None and sync.transport != "disk":
+    if elsewhere and sync.transport in ("disk", "delta") and sync.directory is None:
+        yield (
+            f"sync.directory: is required for sync.transport = {sync.transport} with servers on other hosts; set it to "
+            "a directory that they have too"
+        )
+    if sync.directory is not None and sync.transport not in ("disk", "delta"):
         yield f"sync.directory: has no effect with sync.transport = {sync.transport}; remove it"
 
 

@@ -188,6 +188,15 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
     check_config(load_config(config_file, [f"model.path={model}"]))
+    elsewhere = "rollout.server.addresses=[http://node7:30000]"
+    ahead = [
+        "rollout.schedule=asynchronous",
+        "rollout.max_staleness=2",
+        "sync.transport=delta",
+        "sync.directory=shared",
+    ]
+    overrides = [f"model.path={model}", elsewhere, "rollout.server.api_key_env=PATH", *ahead]
+    check_config(load_config(config_file, overrides))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +259,14 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
                 "sync.transport=shared_memory",
             ],
             "sync.transport: shared_memory reaches servers on this host only",
+        ),
+        (
+            [
+                "rollout.server.addresses=[http://node7:30000]",
+                "rollout.server.api_key_env=PATH",
+                "sync.transport=delta",
+            ],
+            "sync.directory: is required for sync.transport = delta",
         ),
         (["sync.directory=elsewhere"], "sync.directory: has no effect with sync.transport = distributed"),
     ],
