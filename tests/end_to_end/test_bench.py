@@ -28,7 +28,7 @@ def test_step() -> None:
     assert done.returncode == bool(missed), missed
     figures = {name: figure["value"] for name, figure in report["figures"].items()}
     shares = {name: value for name, value in figures.items() if name.startswith("share_")}
-    assert shares.keys() == {f"share_{verb}" for verb in ("generate", "score", "advantages", "pack", "train", "sync")}
+    assert shares.keys() == {f"share_{verb}" for verb in ("generate", "advantages", "pack", "train", "sync")}
     assert 0.8 < sum(shares.values()) < 1.2  # medians of shares that add up to 1 in each step
     assert figures["generate_tokens_per_s"] > 0 and figures["train_tokens_per_s"] > 0
     assert 0.3 < figures["drpo_over_cross_entropy"] < 3
