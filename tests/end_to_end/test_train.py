@@ -196,14 +196,14 @@ def test_a_stopped_server_is_explained(tmp_path: Path, stopped: str) -> None:
     stacks = [(log / f"stacks_rank_{rank}.txt").read_text() for rank in (0, 1)]
     verb = next(name for name in ("generate", "sync") if f", {name}: not done after 20 s" in stacks[0])
     assert all(f"rank {rank}, step " in text and f", {verb}: not done" in text for rank, text in enumerate(stacks))
-    waits_in = {"generate": 'rollout/driver.py", line', "sync": 'rollout/admin.py", line'}
+    waits_in = {"generate": 'rollout/producer.py", line', "sync": 'rollout/admin.py", line'}
     assert f"in {verb}\n" in stacks[0] and waits_in[verb] in stacks[0]
     assert f"in {verb}\n" in stacks[1] and "in broadcast" in stacks[1]
     assert f"process {victim} (" in output and "stopped by a signal (SIGSTOP)" in output
     answer = "answers, weight version" if stopped == "the scheduler" else "/model_info did not answer within 2 s"
     for text in (output, (log / "error_rank_0.txt").read_text(), (log / "rank_0.log").read_text()):
         assert f"{verb}: not done after 20 s; the limit is training.verb_timeout_s = 20 s" in text
-        assert answer in text and str(log / "stacks_rank_*.txt") in text and str(log / "server.log") in text
+        assert answer in text and str(log / "stacks_rank_*.txt") in text and str(log / "server-0.log") in text
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
