@@ -112,7 +112,7 @@ def page(title: str, command: str, report: dict[str, Any]) -> str:
         f"{where}; {packages}. Written by `tools/staleness_study.py`.",
         "",
         "`max_staleness` is in weight versions, at the first update of a batch. Rates leave out the first "
-        f"{WARM_UP} steps; the last reward is the mean of the last {LAST}, over seeds, with the lowest and highest",
+        f"{WARM_UP} steps; the last reward is the mean of the last {LAST}, over seeds, with the lowest and highest "
         "seed.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
