@@ -87,6 +87,8 @@ class Fleet:
         ServersFailed when the devices are lent, so that none will be.
         """
         with self._changed:
+            # Also with servers up: nobody watches them any more when the thread has failed.
+            self._raise_error()
             while not self.up():
                 self._raise_error()
                 if all(m.state is State.LOST for m in self._members):

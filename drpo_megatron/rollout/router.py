@@ -6,6 +6,7 @@ from the fleet what it must act on, and know nothing of weight versions.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -74,11 +75,9 @@ class Router:
         """Raises ServerStartError when it does not answer, for at most two minutes."""
         deadline = time.monotonic() + _START_S
         while True:
-            try:
+            with contextlib.suppress(requests.RequestException):  # it does not listen yet
                 if requests.get(f"{self.url}/liveness", timeout=_REQUEST_S).status_code == 200:
                     return
-            except requests.RequestException:
-                pass  # not listening yet
             if not self.alive() or time.monotonic() > deadline:
                 raise ServerStartError(f"sglang-router does not answer; see {self._log_path}")
             time.sleep(_POLL_S)
