@@ -7,18 +7,13 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+from drpo_megatron.platform.ports import free_port
 
 
 def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
@@ -48,7 +43,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: f
     """
     context = mp.get_context("spawn")
     results = context.Queue()
-    port = free_port()
+    port = free_port("127.0.0.1")
     processes = [
         context.Process(target=_entry, args=(r, world, port, function, args, results), daemon=True)
         for r in range(world)

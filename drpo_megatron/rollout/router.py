@@ -16,9 +16,9 @@ from typing import Any
 import requests
 
 from drpo_megatron.config.schema import RouterConfig
+from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.rollout.errors import ServerError, ServerStartError
-from drpo_megatron.rollout.server import free_port
 
 _HOST = "127.0.0.1"  # rank 0 is its only client
 _START_S = 120.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import requests
 
 from drpo_megatron.config.schema import ServerConfig
+from drpo_megatron.platform.ports import free_port, in_use
 from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
 from drpo_megatron.rollout.admin import authorization
@@ -31,7 +31,7 @@ _RESERVED = {
     "api_key": "rollout.server.api_key_env",
     "enable_memory_saver": "rollout.placement to colocated, which turns it on",
 }
-_LOG_TAIL_LINES = 25
+_LOG_TAIL_LINES = 60
 _POLL_S = 0.2
 _STOP_S = 3.0  # the server holds nothing that has to be saved
 
@@ -136,7 +136,7 @@ class SGLangServer:
         if self._process is not None:
             raise RuntimeError("the server is already started: stop() it first")
         self._port = self._wanted_port or free_port(self._config.host)
-        if _in_use(self._config.host, self._port):
+        if in_use(self._config.host, self._port):
             raise ServerStartError(
                 f"port {self._port} on {self._config.host} is in use: end the process that listens there, or set "
                 "rollout.server.port to another port or to null for a free one"
@@ -258,19 +258,3 @@ def is_healthy(url: str, timeout_s: float, api_key: str | None) -> bool:
     except requests.RequestException:
         return False
     return response.status_code == 200
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _in_use(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for a server
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False

@@ -302,8 +302,10 @@ def test_the_files_stay_until_every_rank_of_the_server_has_them(
     weights.close()
 
     # The wait is for all of them: it does not end while one of them cannot go on.
-    descendants = psutil.Process(server.pid).children(recursive=True)
-    (second,) = [p for p in descendants if "scheduler_TP1" in " ".join(p.cmdline())]
+    ranks = {p.pid for p in psutil.Process(server.pid).children(recursive=True)}
+    (second,) = [
+        p for p in psutil.process_iter(["cmdline"]) if p.pid in ranks and "scheduler_TP1" in " ".join(p.info["cmdline"])
+    ]
     second.suspend()
     try:
         with pytest.raises(ServerRequestError, match="did not answer"):
