@@ -18,12 +18,12 @@ from drpo_megatron.config import (
     setting_reference,
 )
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 75 it stood still and the
-    watchdog ended it (a scheduler may start it again), 130 interrupted.
+    """Exit codes: 0 done, 1 the run failed, 2 refused before anything was started, 75 start it again (it was told to
+    stop and saved a checkpoint, or it stood still and the watchdog ended it), 130 interrupted.
     """
     parsed = parse_arguments(arguments)
     try:
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train from a configuration file.")
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.steps=10")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest good checkpoint of the run, if there is one"
+    )
     train.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
 
     command("settings", _settings, "Print every setting with its type, default and meaning.")
@@ -92,7 +95,7 @@ def _train(parsed: argparse.Namespace) -> int:
     from drpo_megatron.rollout.fleet import fleet_of
     from launch import local
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_config(parsed.config, parsed.overrides + ["save.resume=true"] * parsed.resume)
     _prepare(config)
     try:
         commands = fleet_of(config).commands()
@@ -109,6 +112,9 @@ def _train(parsed: argparse.Namespace) -> int:
         print(f"an earlier run of this name is now {moved}")
     code = local.run(config, config.layout)
     directory = config.run_directory
+    if stopped := local.read_stop(config):
+        print(f"{stopped}; `drpo train --resume` goes on", file=sys.stderr)
+        return EXIT_STOPPED
     if code == 0:
         entries = sorted(path.name + "/" * path.is_dir() for path in directory.iterdir())
         print(f"done: {directory} holds {', '.join(entries)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -15,9 +16,11 @@ from drpo_megatron.config import RunConfig, dump_config
 from drpo_megatron.observability.watchdog import EXIT_STALLED, stalls
 from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
-from drpo_megatron.platform.process import HUGE_PAGES, die_with_parent, stop_group
+from drpo_megatron.platform.process import HUGE_PAGES, children, die_with_parent, stop_group
+from drpo_megatron.training.stop import RECORD
 
 SHUTDOWN_S = 45.0
+EXIT_INTERRUPTED = 130
 
 
 def training_command(config: RunConfig, layout: ParallelLayout) -> list[str]:
@@ -54,16 +57,31 @@ class Failure:
 
 def prepare_run_directory(config: RunConfig) -> Path | None:
     """Make `runs/NAME` with the resolved configuration. An earlier run of that name is moved aside; returns where
-    to.
+    to. With save.resume only its configuration and logs are, inside the directory.
     """
     directory = config.run_directory
     moved = None
-    if directory.exists():
-        moved = next(p for n in itertools.count(1) if not (p := directory.with_name(f"{directory.name}.{n}")).exists())
-        directory.rename(moved)
+    if directory.exists() and config.save.resume:
+        for path in (directory / "config.yaml", directory / "log"):
+            if path.exists():
+                _move_aside(path)
+    elif directory.exists():
+        moved = _move_aside(directory)
     (directory / "log").mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(config))
     return moved
+
+
+def _move_aside(path: Path) -> Path:
+    """To the first free one of NAME.1, NAME.2 …"""
+    moved = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+    return path.rename(moved)
+
+
+def read_stop(config: RunConfig) -> str | None:
+    """What a run that stopped with a checkpoint, because it was told to, says of it."""
+    record = config.run_directory / "log" / RECORD
+    return record.read_text().strip() if record.exists() else None
 
 
 def read_failure(config: RunConfig) -> Failure | None:
@@ -83,8 +101,9 @@ def read_failure(config: RunConfig) -> Failure | None:
 def run(config: RunConfig, layout: ParallelLayout) -> int:
     """Run to the end; returns the exit code (130 after Ctrl-C). No process of the run is alive when this returns.
 
-    Ctrl-C and SIGTERM become SIGTERM for torchrun, which passes it to the ranks; rank 0 stops the rollout server. What
-    is still there after `SHUTDOWN_S` seconds is killed.
+    Ctrl-C and SIGTERM become SIGTERM for torchrun, which passes it to the ranks; rank 0 stops the rollout servers. What
+    is still there after `SHUTDOWN_S` seconds is killed. A run with checkpoints is first told to save one and stop, on
+    SIGUSR1 too, and has save.deadline_s for it; a second Ctrl-C ends the wait.
     """
     log = config.run_directory / "log" / "torchrun.log"
     with log.open("wb") as sink:
@@ -93,16 +112,52 @@ def run(config: RunConfig, layout: ParallelLayout) -> int:
             env={**os.environ, **training_environment(config)},
             stderr=sink,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=_trainer_process,
         )
-        previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        saves = config.save.every is not None
+        handled = (signal.SIGTERM, signal.SIGUSR1) if saves else (signal.SIGTERM,)
+        previous = {number: signal.signal(number, _raise_told) for number in handled}
         try:
             return process.wait()
-        except KeyboardInterrupt:
-            return 130
+        except (_Told, KeyboardInterrupt) as told:
+            if saves:
+                number = told.number if isinstance(told, _Told) else signal.SIGINT
+                _wait_for_checkpoint(process, None if number == signal.SIGUSR1 else config.save.deadline_s)
+            return EXIT_INTERRUPTED
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             stop_group(process, timeout_s=SHUTDOWN_S)
+
+
+class _Told(Exception):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _raise_told(number: int, _: object) -> None:
+    raise _Told(number)
+
+
+def _trainer_process() -> None:
+    die_with_parent()
+    # A scheduler may warn every process of a job; torchrun would die of it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _wait_for_checkpoint(process: subprocess.Popen[bytes], seconds: float | None) -> None:
+    """Tell the ranks to save and stop, and wait for it."""
+    print("stopping: the run saves a checkpoint first; Ctrl-C ends it at once", file=sys.stderr, flush=True)
+    for rank in children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGUSR1)
+    try:
+        process.wait(timeout=seconds)
+    except _Told:  # after SIGUSR1 the scheduler now means it
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(timeout=SHUTDOWN_S / 2)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        print("stopped without a checkpoint of the last steps", file=sys.stderr, flush=True)
 
 
 def coordinates(layout: ParallelLayout, rank: int) -> dict[str, int]:

@@ -28,6 +28,8 @@ def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args:
     import torch
 
     torch.set_num_threads(1)
+    # Ended by `run_ranks` in any case; only without the mark may it have a process of its own, as a checkpoint does.
+    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     try:
         # As bytes: torch's own pickling would hand over file descriptors that end with this process.
         results.put((rank, pickle.dumps(function(*args)), None))

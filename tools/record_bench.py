@@ -20,6 +20,7 @@ TITLES = {
     "loss": "The fused projection and loss",
     "prefix": "What shared prefixes save",
     "sync": "A weight sync over a bare broadcast",
+    "checkpoint": "How long a checkpoint holds up training",
     "step": "Where the time of a step goes",
 }
 LABELS = {

@@ -20,8 +20,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from drpo_megatron.bench.report import machine, versions
+from drpo_megatron.bench.report import machine
 from drpo_megatron.observability.curves import read_metrics
+from drpo_megatron.platform.versions import versions
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 WARM_UP = 2  # steps that are left out of rates: the first batches of an asynchronous run are sampled before it trains

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BENCHES = ("step", "loss", "prefix", "sync")
-VERSIONS_OF = ("drpo-megatron", "torch", "megatron-core", "sglang", "transformers")
+from drpo_megatron.platform.versions import versions
+
+BENCHES = ("step", "loss", "prefix", "sync", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ class Figure:
 
 def machine() -> dict[str, Any]:
     return {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-
-
-def versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in VERSIONS_OF}
 
 
 def run_bench(name: str, as_json: bool) -> int:

@@ -4,7 +4,7 @@ A checkpoint is a directory:
 
     manifest.json   written last: without it there is no checkpoint
     state/          Megatron-Core's distributed checkpoint (torch_dist): model, optimizer, random-number generators
-    driver.json     what rank 0 alone holds: position in the data, prompts in flight, partial rollouts
+    driver.pt       what rank 0 alone holds: position in the data, prompts in flight, partial rollouts
     hf/             config.json, tokenizer and whatever else lies beside the weights of a Hugging Face directory
 
 `state/` names weights as Megatron-Core does, over the whole model and without any parallelism.
@@ -22,7 +22,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "state"
-DRIVER = "driver.json"
+DRIVER = "driver.pt"
 HF_FILES = "hf"
 
 FORMAT = 1

@@ -11,6 +11,7 @@ from drpo_megatron.config.layout_checks import determinism_problems, overlap_pro
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
 from drpo_megatron.config.rollout_checks import rollout_problems
+from drpo_megatron.config.save_checks import save_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def check_config(config: RunConfig) -> None:
         *_data(config),
         *_reward(config),
         *rollout_problems(config),
+        *save_problems(config),
         *_timeouts(config),
         *_model(config),
     ]

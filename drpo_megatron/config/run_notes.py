@@ -16,6 +16,7 @@ def notes(config: RunConfig) -> list[str]:
         *_sharing_note(config),
         *_timeout_note(config),
         *placement_notes(config),
+        *_determinism_note(config),
     ]
 
 
@@ -49,6 +50,19 @@ def _timeout_note(config: RunConfig) -> Iterator[str]:
     longer = [f"{key} = {seconds:g}" for key, seconds in limits.items() if verb is not None and seconds >= verb]
     if longer:
         yield (f"training.verb_timeout_s is {verb:g}, not above {', '.join(longer)}: what waits so long ends the run")
+
+
+def _determinism_note(config: RunConfig) -> Iterator[str]:
+    if config.training.deterministic and config.rollout.schedule == "asynchronous":
+        yield (
+            "training.deterministic is true and rollout.schedule is asynchronous: which tokens a push finds sampled is "
+            "a matter of time, so that two runs differ; the trainer alone is repeatable"
+        )
+    if config.training.deterministic and config.rollout.server.addresses:
+        yield (
+            "training.deterministic is true and servers were started elsewhere: they need "
+            "--enable-deterministic-inference"
+        )
 
 
 def _boundary_note(config: RunConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The configuration of a run, typed. The help text of a setting is the string under it; an unknown key is an error.
 
-Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, sync, tracking.
+Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, sync, save,
+tracking.
 """
 
 from __future__ import annotations
@@ -289,7 +290,10 @@ class TrainingConfig(Section):
     threads: int = Field(1, gt=0)
     """CPU threads of a training rank, where it runs on CPU."""
     deterministic: bool = False
-    """The same sequences and weights give the same bits: deterministic kernels and collectives, slower on a GPU."""
+    """The same seed gives the same bits, also over a stop and `--resume`: deterministic kernels and collectives, and
+    each sample has a seed of its own in servers whose kernels do not depend on the batch (SGLang's
+    enable_deterministic_inference; without a GPU they take one request at a time). Slower. Not with the asynchronous
+    schedule, whose weights change at no fixed moment."""
     max_skipped_updates: int = Field(3, gt=0)
     """Stop with a report after this many updates in a row with a non-finite gradient norm."""
     verb_timeout_s: float | None = Field(3600.0, gt=0, le=86400)
@@ -325,6 +329,30 @@ class SyncConfig(Section):
     """Limit of one sync."""
 
 
+class SaveConfig(Section):
+    every: int | None = Field(None, gt=0)
+    """Steps from one checkpoint to the next; the last step has one too. null: there are none. With checkpoints, a run
+    that is told to stop (SIGUSR1, SIGTERM, Ctrl-C) saves one first and ends with code 75, and `drpo train --resume`
+    goes on from the newest that is good, also with another `parallel` section."""
+    directory: Path | None = None
+    """Where checkpoints lie, for all ranks. null: checkpoints/ of the run's directory."""
+    keep: int = Field(2, gt=0)
+    """Checkpoints that are kept, the newest."""
+    keep_best: int = Field(0, ge=0)
+    """Older ones that are kept besides: those with the highest `best_metric` in their step."""
+    best_metric: str = "reward/mean"
+    """A metric of the step."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; it needs host memory for a copy of weights and optimizer state."""
+    deadline_s: float = Field(25.0, gt=0)
+    """Seconds for the checkpoint after SIGTERM or Ctrl-C; then the run is ended without it. SLURM kills 30 s after
+    SIGTERM. After SIGUSR1 there is no limit."""
+    hf_every: int | None = Field(None, gt=0)
+    """Steps from one export to the next: the weights as a Hugging Face directory, exports/step_N of the run."""
+    resume: bool = False
+    """Go on from the newest checkpoint, if there is one. What `drpo train --resume` sets."""
+
+
 class TrackingConfig(Section):
     directory: Path = Path("runs")
     """The run lives in directory/name."""
@@ -354,6 +382,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     training: TrainingConfig
     sync: SyncConfig = Field(default_factory=lambda: SyncConfig())
+    save: SaveConfig = Field(default_factory=lambda: SaveConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
 
     @property
@@ -364,6 +393,10 @@ class RunConfig(Section):
     @property
     def run_directory(self) -> Path:
         return self.tracking.directory / self.name
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return self.save.directory or self.run_directory / "checkpoints"
 
     @property
     def horizon(self) -> int:

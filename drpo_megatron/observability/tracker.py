@@ -7,6 +7,7 @@ import math
 import netrc
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,17 +25,19 @@ class Tracker:
     """Context manager over the run's directory, which is made if it is missing.
 
     `metrics.jsonl` is appended to and flushed at every step, so that it is complete up to the last step however the run
-    ends. Raises RuntimeError when wandb is to be online and cannot be reached.
+    ends. first_step: that of a run that goes on from a checkpoint; what was logged of it and later ones is removed.
+    Raises RuntimeError when wandb is to be online and cannot be reached.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, first_step: int = 0) -> None:
         self._config = config
         directory = config.run_directory
         self._rollouts = directory / "rollouts"
         self._rollouts.mkdir(parents=True, exist_ok=True)
         # wandb first: it is the one that can fail.
-        self._wandb = _start_wandb(config) if config.tracking.wandb else None
-        self._tensorboard = _tensorboard_writer(directory / "tb") if config.tracking.tensorboard else None
+        self._wandb = _start_wandb(config, resumes=first_step > 0) if config.tracking.wandb else None
+        self._tensorboard = _tensorboard_writer(directory / "tb", first_step) if config.tracking.tensorboard else None
+        _forget_from(directory, first_step)
         self._metrics = (directory / "metrics.jsonl").open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -78,10 +81,25 @@ class Tracker:
         self.close(failed=error is not None)
 
 
-def _tensorboard_writer(directory: Path) -> Any:
+def _forget_from(directory: Path, first_step: int) -> None:
+    """Remove what was logged of `first_step` and later ones: those steps are done again."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A line that was cut is of a step that no checkpoint has.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    if len(kept) < len(lines):
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(kept))
+        beside.rename(path)
+    for dump in (directory / "rollouts").glob("step_*.jsonl"):
+        if int(dump.stem.removeprefix("step_")) >= first_step:
+            dump.unlink()
+
+
+def _tensorboard_writer(directory: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    return SummaryWriter(log_dir=str(directory))
+    return SummaryWriter(log_dir=str(directory), purge_step=first_step or None)
 
 
 def wandb_is_online() -> bool:
@@ -101,7 +119,7 @@ def wandb_is_online() -> bool:
         raise RuntimeError(f"{path} cannot be read ({error}); correct it, or set tracking.wandb=false") from error
 
 
-def _start_wandb(config: RunConfig) -> Any:
+def _start_wandb(config: RunConfig, resumes: bool) -> Any:
     # Before the import: crash reports would go to a host of wandb's even in offline mode.
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     import wandb
@@ -118,8 +136,14 @@ def _start_wandb(config: RunConfig) -> Any:
         x_disable_stats=not online,
         x_disable_machine_info=not online,
     )
+    # The same run of wandb after a stop. Its steps may not go back: those that are done again are not logged twice.
+    record = config.run_directory / "wandb_run_id"
+    run_id = record.read_text().strip() if resumes and record.exists() else uuid.uuid4().hex[:8]
+    record.write_text(f"{run_id}\n")
     try:
         return wandb.init(
+            id=run_id,
+            resume="allow" if resumes and online else None,
             project=config.tracking.wandb_project,
             name=config.name,
             dir=str(config.run_directory),

@@ -63,6 +63,10 @@ def processes() -> list[ProcessState]:
     return sorted(found, key=lambda process: process.pid)
 
 
+def children(parent: int) -> list[int]:
+    return [process.pid for process in processes() if process.parent == parent and process.state not in "ZX"]
+
+
 def kill_descendants() -> None:
     """SIGKILL to all that this process started, directly and indirectly, in whatever group or session it is."""
     for _ in range(3):  # what was started while we looked is found by the next look

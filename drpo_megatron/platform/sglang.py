@@ -36,9 +36,13 @@ _TORCHRUN_VARIABLES = (
 )
 
 
-def sglang_default_args() -> dict[str, Any]:
+# Matrix products on CPU round differently with their rows: with the batch, and with what a cache left out.
+_CPU_DETERMINISTIC_ARGS: dict[str, Any] = {"max_running_requests": 1, "disable_radix_cache": True}
+
+
+def sglang_default_args(deterministic: bool = False) -> dict[str, Any]:
     """SGLang arguments, by their own names, that this machine calls for. The user's take precedence."""
-    return {} if platform.has_cuda() else dict(_CPU_ARGS)
+    return {} if platform.has_cuda() else _CPU_ARGS | (_CPU_DETERMINISTIC_ARGS if deterministic else {})
 
 
 def sglang_launch_command(

@@ -65,6 +65,18 @@ def install_stand_ins() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
+def allow_deterministic_inference() -> None:
+    """SGLang refuses --enable-deterministic-inference with the CPU's attention, and compiles the sampling by seeds, for
+    which there need be no compiler. Its batch-invariant kernels are for GPUs: here no batch has two requests.
+    """
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
 def fork_workers() -> None:
     """Import what SGLang's workers import, then make it fork them instead of spawning them."""
     import multiprocessing
@@ -83,6 +95,8 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    if "--enable-deterministic-inference" in sys.argv:
+        allow_deterministic_inference()
     arguments = prepare_server_args(sys.argv[1:])
     fork_workers()
     try:

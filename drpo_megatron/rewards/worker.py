@@ -37,8 +37,10 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 def main(fd: int) -> None:
     die_with_parent()
-    # Ctrl-C goes to the whole terminal; the trainer decides when its verifiers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C goes to the whole terminal, a scheduler's warning to the whole job; the trainer decides when its verifiers
+    # end.
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
     connection = Connection(fd)
     try:
         reward, data = connection.recv()

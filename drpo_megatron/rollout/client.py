@@ -84,15 +84,20 @@ class RolloutClient:
         await self._session.close()
 
     async def complete(
-        self, inputs: Sequence[list[int]], sampling: SamplingConfig, budgets: Sequence[int] | None = None
+        self,
+        inputs: Sequence[list[int]],
+        sampling: SamplingConfig,
+        budgets: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[Completion]:
         """One continuation of each of `inputs`, in one request: equal inputs share the computation of their prefix.
 
-        budgets: the largest number of new tokens of each, by default the sampling's. Requests that fail while a server
-        lives, or come back with older tokens than `version`, are sent again. Raises ServerDied when no server is left
-        and GenerationError when a request fails for good, and Stopped.
+        budgets: the largest number of new tokens of each, by default the sampling's. seeds: of each, for a server with
+        enable_deterministic_inference. Requests that fail while a server lives, or come back with older tokens than
+        `version`, are sent again. Raises ServerDied when no server is left and GenerationError when a request fails for
+        good, and Stopped.
         """
-        body = request_body(inputs, sampling, budgets, routed_experts=self._experts is not None)
+        body = request_body(inputs, sampling, budgets, seeds, routed_experts=self._experts is not None)
         async with self._slots:
             if self.stopped:
                 raise Stopped
@@ -148,6 +153,7 @@ def request_body(
     inputs: Sequence[list[int]],
     sampling: SamplingConfig,
     budgets: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     *,
     routed_experts: bool = False,
 ) -> dict[str, Any]:
@@ -170,8 +176,12 @@ def request_body(
     if sampling.stop:
         parameters["stop"] = sampling.stop
     of_each: Any = parameters
-    if budgets is not None:
-        of_each = [parameters | {"max_new_tokens": budget} for budget in budgets]
+    if budgets is not None or seeds is not None:
+        of_each = [dict(parameters) for _ in inputs]
+        for one, budget in zip(of_each, budgets or (), strict=budgets is not None):
+            one["max_new_tokens"] = budget
+        for one, seed in zip(of_each, seeds or (), strict=seeds is not None):
+            one["sampling_seed"] = seed
     body = {"input_ids": list(inputs), "sampling_params": of_each, "return_logprob": True}
     return body | ({"return_routed_experts": True} if routed_experts else {})
 

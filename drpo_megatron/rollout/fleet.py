@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -82,14 +82,14 @@ class Fleet:
                     if member.restarts or member.state in (State.RESTING, State.LOST):
                         raise ServerStartError(f"{member.name}: {member.reason}; {member.log_tail}")
 
-    def wait_any(self) -> None:
-        """Wait until at least one server is up. Raises ServerGaveUp when the restarts of all are used up, and
-        ServersFailed when the devices are lent, so that none will be.
+    def wait_any(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until at least one server is up, or `stopped()`. Raises ServerGaveUp when the restarts of all are used
+        up, and ServersFailed when the devices are lent, so that none will be.
         """
         with self._changed:
             # Also with servers up: nobody watches them any more when the thread has failed.
             self._raise_error()
-            while not self.up():
+            while not self.up() and not stopped():
                 self._raise_error()
                 if all(m.state is State.LOST for m in self._members):
                     reasons = "\n".join(f"{m.name}: {m.reason}; {m.log_tail}" for m in self._members)
@@ -364,6 +364,7 @@ def fleet_of(config: RunConfig) -> Fleet:
                 routed_experts=experts,
                 api_key=api_key,
                 colocated=config.rollout.placement == "colocated",
+                deterministic=config.training.deterministic,
             )
             for index in range(settings.count)
         ]

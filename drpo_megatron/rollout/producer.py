@@ -24,9 +24,11 @@ from drpo_megatron.data.prompts import PromptSource
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rollout.client import RolloutClient
 from drpo_megatron.rollout.errors import ServerDied, Stopped
+from drpo_megatron.rollout.snapshot import group_from, group_state
 
 log = logging.getLogger(__name__)
 
+_STOP_S = 0.2  # until a stop is noticed
 _ABORT_S = 60.0  # for aborted requests to come back with what they have
 
 
@@ -39,6 +41,11 @@ class Sampler(Protocol):
     def tokens(self) -> int: ...
 
     def drop_older_than(self, version: int) -> None: ...
+
+    def state(self) -> Any:
+        """What was sampled, as plain data and tensors."""
+
+    def restore(self, state: Any) -> None: ...
 
 
 @dataclass
@@ -95,8 +102,9 @@ def staleness_limit(config: RolloutConfig, updates_per_batch: int) -> int:
 class RolloutProducer:
     """Context manager: entering starts the thread, `synced` the first groups; leaving ends it and what is in flight.
 
-    sampler: makes the sampler of a prompt. finish: decodes and scores a group. abort: tells the servers to end what
-    they run, with the tokens they have. All methods are called by one thread, the trainer's.
+    sampler: makes the sampler of a prompt, which has a number in the stream. finish: decodes and scores a group. abort:
+    tells the servers to end what they run, with the tokens they have. All methods are called by one thread, the
+    trainer's.
     """
 
     def __init__(
@@ -105,7 +113,7 @@ class RolloutProducer:
         updates_per_batch: int,
         source: PromptSource,
         client: Callable[[], RolloutClient],
-        sampler: Callable[[Prompt], Sampler],
+        sampler: Callable[[int, Prompt], Sampler],
         finish: Callable[[RolloutGroup], Awaitable[None]],
         abort: Callable[[], None],
     ) -> None:
@@ -139,13 +147,20 @@ class RolloutProducer:
 
     # --- called by the trainer ----------------------------------------------------------------------------------
 
-    def take(self) -> list[RolloutGroup]:
-        """The groups of the next step, in the order of the data; waits for them.
+    def take(self, stopped: Callable[[], bool] = lambda: False) -> list[RolloutGroup] | None:
+        """The groups of the next step, in the order of the data; waits for them. None once `stopped()`: nothing is
+        taken then.
 
         Raises ServerDied when no server is left: nothing is lost, and after `synced` it may be called again. Raises
         GenerationError, RewardError or DataError for good.
         """
-        return self._call(self._take())
+        work = asyncio.run_coroutine_threadsafe(self._take(), self._loop)
+        while True:
+            try:
+                return work.result(timeout=_STOP_S)
+            except TimeoutError:
+                if stopped() and work.cancel():
+                    return None
 
     def before_sync(self) -> None:
         """Wait until the weights may change. Raises as `take` does."""
@@ -157,7 +172,11 @@ class RolloutProducer:
         self._call(self._synced(version))
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the position in the data, and the prompts that were begun and not trained."""
+        """For a checkpoint, as plain data and tensors: the position in the data, and what was begun and not trained.
+
+        Of that, groups that are done and responses that were cut are kept as they are. What the servers are at begins
+        again: with its prompt's seed it gives the same, where training is deterministic.
+        """
         return self._call(self._state())
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -165,7 +184,16 @@ class RolloutProducer:
         if self._began:
             raise RuntimeError("restore() before the first group is begun")
         self._source.restore(state["source"])
-        self._queue = deque(Ticket(n, self._make_sampler(self._source.at(n))) for n in state["begun"])
+        for of_one in state["begun"]:
+            prompt = self._source.at(of_one["number"])
+            ticket = Ticket(of_one["number"], self._make_sampler(of_one["number"], prompt), cut=of_one["cut"])
+            ticket.begun = -of_one["age"]
+            if of_one["group"] is None:
+                ticket.sampler.restore(of_one["sampled"])
+                self._queue.append(ticket)
+            else:
+                ticket.group = group_from(prompt, of_one["group"])
+                self._done.append(ticket)
 
     # --- in the event loop --------------------------------------------------------------------------------------
 
@@ -230,8 +258,17 @@ class RolloutProducer:
         await self._pump()
 
     async def _state(self) -> dict[str, Any]:
-        begun = [t.number for t in [*self._done, *self._running.values(), *self._queue]]
-        return {"source": self._source.state(), "begun": sorted(begun)}
+        begun = sorted([*self._done, *self._running.values(), *self._queue], key=lambda t: t.number)
+        return {"source": self._source.state(), "begun": [self._ticket_state(ticket) for ticket in begun]}
+
+    def _ticket_state(self, ticket: Ticket) -> dict[str, Any]:
+        return {
+            "number": ticket.number,
+            "age": self._ahead.synced - ticket.begun,
+            "cut": ticket.cut,
+            "sampled": ticket.sampler.state(),
+            "group": None if ticket.group is None else group_state(ticket.group),
+        }
 
     async def _pump(self) -> None:
         """Begin as many groups as may be begun."""
@@ -239,7 +276,7 @@ class RolloutProducer:
         while self._error is None and len(self._running) + len(self._done) < allowed:
             if not self._queue:
                 ((number, prompt),) = self._source.take(1)
-                self._queue.append(Ticket(number, self._make_sampler(prompt)))
+                self._queue.append(Ticket(number, self._make_sampler(number, prompt)))
             ticket = self._queue.popleft()
             if not ticket.sampler.tokens:
                 ticket.begun = self._ahead.synced

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from drpo_megatron.config.schema import SamplingConfig
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.client import Completion, RolloutClient
 from drpo_megatron.rollout.errors import GenerationError, Stopped
+from drpo_megatron.rollout.snapshot import completion_from, completion_state
 
 _MOST_ABORTS = 100  # of one group, without a cut of ours: then something aborts whatever we ask
 
@@ -20,12 +23,13 @@ class GroupSampler:
     """Samples `count` responses to `prompt`. `run` until it returns a group; what was sampled until an abort is kept.
 
     All samples go into one request: the server computes their prefix once, a failure costs one group, and it is the
-    fastest of the request shapes that keep groups apart.
+    fastest of the request shapes that keep groups apart. seed: None, or what makes the samples repeatable.
     """
 
     prompt: Prompt
     count: int
     sampling: SamplingConfig
+    seed: str | None = None
     _parts: list[list[Completion]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -34,14 +38,16 @@ class GroupSampler:
     async def run(self, client: RolloutClient) -> RolloutGroup:
         """Raises what `client.complete` raises. Cancel it and call it again to go on with what it has."""
         for _ in range(_MOST_ABORTS):
-            open_samples = [parts for parts in self._parts if not self._ended(parts)]
+            numbers = [number for number, parts in enumerate(self._parts) if not self._ended(parts)]
+            open_samples = [self._parts[number] for number in numbers]
             if not open_samples:
                 return RolloutGroup(self.prompt, [_join(self.prompt, parts) for parts in self._parts])
             taken = [_token_ids(parts) for parts in open_samples]
             inputs = [self.prompt.token_ids + tokens for tokens in taken]
             # the same for all: one set of parameters
             budgets = [self.sampling.max_new_tokens - len(tokens) for tokens in taken] if any(taken) else None
-            completions = await client.complete(inputs, self.sampling, budgets)
+            seeds = None if self.seed is None else [sample_seed(self.seed, number) for number in numbers]
+            completions = await client.complete(inputs, self.sampling, budgets, seeds)
             for parts, completion in zip(open_samples, completions, strict=True):
                 parts.append(completion)
             if client.stopped and not all(self._ended(parts) for parts in self._parts):
@@ -63,6 +69,17 @@ class GroupSampler:
         for parts in self._parts:
             if any(v < version for part in parts for v in part.weight_versions):
                 parts.clear()
+
+    def state(self) -> list[list[dict[str, Any]]]:
+        return [[completion_state(part) for part in parts] for parts in self._parts]
+
+    def restore(self, state: list[list[dict[str, Any]]]) -> None:
+        self._parts = [[completion_from(part) for part in parts] for parts in state]
+
+
+def sample_seed(seed: str, number: int) -> int:
+    """Of sample `number` of a group; SGLang draws each of its tokens by this and the token's position. 31 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big") >> 1
 
 
 def _token_ids(parts: Sequence[Completion]) -> list[int]:

@@ -28,6 +28,7 @@ _RESERVED = {
     "tp_size": "rollout.server.tensor_parallel",
     "weight_version": "nothing, the trainer counts the versions",
     "enable_return_routed_experts": "nothing, it is on for a mixture of experts",
+    "enable_deterministic_inference": "training.deterministic",
     "api_key": "rollout.server.api_key_env",
     "enable_memory_saver": "rollout.placement to colocated, which turns it on",
 }
@@ -66,7 +67,8 @@ class SGLangServer:
     directory, `dtype` the name of SGLang's dtype, `log_path` collects the output of the server and its restarts.
     `index`: its place among the servers of this host, which decides its devices and port. `routed_experts`: keep the
     experts of every token for the answers that ask for them; a mixture of experts only. `api_key`: what every request
-    must carry. `colocated`: on the trainer's devices, whose memory it can give back. Raises ServerStartError for
+    must carry. `colocated`: on the trainer's devices, whose memory it can give back. `deterministic`: what it samples
+    depends on the request and its seed alone, and not on other requests. Raises ServerStartError for
     arguments that the installed SGLang does not have.
     """
 
@@ -82,6 +84,7 @@ class SGLangServer:
         routed_experts: bool = False,
         api_key: str | None = None,
         colocated: bool = False,
+        deterministic: bool = False,
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
@@ -89,7 +92,7 @@ class SGLangServer:
         self._index = index
         self.log_path = log_path
         self._api_key = api_key
-        self._arguments: dict[str, Any] = sglang_default_args() | config.args
+        self._arguments: dict[str, Any] = sglang_default_args(deterministic) | config.args
         self._arguments |= {
             "model_path": str(model_path),
             "dtype": dtype,
@@ -98,6 +101,7 @@ class SGLangServer:
             "tp_size": config.tensor_parallel,
             "weight_version": "0",
             "enable_return_routed_experts": routed_experts,
+            "enable_deterministic_inference": deterministic,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted_port = config.port + index if config.port else None

@@ -17,7 +17,7 @@ from drpo_megatron.config.schema import SamplingConfig
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from drpo_megatron.rollout.client import Completion, RolloutClient
 from drpo_megatron.rollout.errors import GenerationError, Stopped
-from drpo_megatron.rollout.sampler import join_experts
+from drpo_megatron.rollout.sampler import join_experts, sample_seed
 
 
 @dataclass
@@ -74,9 +74,12 @@ class Trajectory:
 class Session:
     """What a user's function gets: the server, the tokenizer, and how many tokens the response may still have."""
 
-    def __init__(self, client: RolloutClient, sampling: SamplingConfig, tokenizer: Any) -> None:
+    def __init__(
+        self, client: RolloutClient, sampling: SamplingConfig, tokenizer: Any, seed: int | None = None
+    ) -> None:
         self._client = client
         self._sampling = sampling
+        self._seeds = None if seed is None else [seed]
         self.tokenizer = tokenizer
 
     def left(self, trajectory: Trajectory) -> int:
@@ -97,7 +100,7 @@ class Session:
             raise ValueError("no token is left in rollout.sampling.max_new_tokens: look at session.left(trajectory)")
         sampling = self._sampling.model_copy(update={"stop": [*self._sampling.stop, *(stop or [])]})
         for _ in range(budget):
-            (completion,) = await self._client.complete([trajectory.context], sampling, [budget])
+            (completion,) = await self._client.complete([trajectory.context], sampling, [budget], self._seeds)
             trajectory.sampled(completion)
             budget -= len(completion.token_ids)
             if self._client.stopped:
@@ -120,9 +123,15 @@ class FunctionSampler:
     """Implements `producer.Sampler`: `count` runs of the user's function. After a cut they start again."""
 
     def __init__(
-        self, prompt: Prompt, count: int, sampling: SamplingConfig, function: RolloutFunction, tokenizer: Any
+        self,
+        prompt: Prompt,
+        count: int,
+        sampling: SamplingConfig,
+        function: RolloutFunction,
+        tokenizer: Any,
+        seed: str | None = None,
     ) -> None:
-        self.prompt, self.count, self.sampling = prompt, count, sampling
+        self.prompt, self.count, self.sampling, self.seed = prompt, count, sampling, seed
         self._function, self._tokenizer = function, tokenizer
 
     tokens = 0
@@ -131,10 +140,17 @@ class FunctionSampler:
     def drop_older_than(self, version: int) -> None:
         pass
 
+    def state(self) -> None:
+        pass
+
+    def restore(self, state: None) -> None:
+        pass
+
     async def run(self, client: RolloutClient) -> RolloutGroup:
         """Raises what the function raises, and GenerationError for what is no trajectory of this prompt."""
-        session = Session(client, self.sampling, self._tokenizer)
-        tasks = [asyncio.ensure_future(self._function(self.prompt, session)) for _ in range(self.count)]
+        seeds = [None if self.seed is None else sample_seed(self.seed, number) for number in range(self.count)]
+        sessions = [Session(client, self.sampling, self._tokenizer, seed) for seed in seeds]
+        tasks = [asyncio.ensure_future(self._function(self.prompt, session)) for session in sessions]
         try:
             made = await asyncio.gather(*tasks)
         finally:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from transformers import AutoTokenizer
@@ -38,10 +38,14 @@ _PROBE_S = 20.0
 
 
 class Experience:
-    """Context manager: entering starts the servers and the verifiers without waiting for them; leaving stops both."""
+    """Context manager: entering starts the servers and the verifiers without waiting for them; leaving stops both.
 
-    def __init__(self, config: RunConfig) -> None:
+    stopped: whether the run was told to stop. What waits for servers then ends.
+    """
+
+    def __init__(self, config: RunConfig, stopped: Callable[[], bool] = lambda: False) -> None:
         self.config = config
+        self._stopped = stopped
         self._groups: list[RolloutGroup] = []
         self.sync_metrics: Metrics = {}
         self._version = 0
@@ -81,17 +85,20 @@ class Experience:
         """Wait for the servers. Raises ServerStartError when one does not come up."""
         self.fleet.wait_all()
 
-    def generate(self) -> bool:
-        """Wait for the groups of a step, sampled and scored. False when no server is left; nothing is lost then.
+    def generate(self) -> Literal["", "stopped", "no server"]:
+        """Wait for the groups of a step, sampled and scored; returns why there are none. Nothing is lost then.
 
         Raises GenerationError when living servers keep failing.
         """
         try:
-            self._groups = self.producer.take()
+            groups = self.producer.take(self._stopped)
         except ServerDied as death:
             log.warning("generation waits for a server: %s", death)
-            return False
-        return True
+            return "stopped" if self._stopped() else "no server"
+        if groups is None:
+            return "stopped"
+        self._groups = groups
+        return ""
 
     def go_on(self) -> None:
         """The servers generate with the weights of the last push: sample for the next step."""
@@ -115,15 +122,17 @@ class Experience:
 
     def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> bool:
         """Send the stream of full tensors to the servers that are up; wait for one if none is. False when one of them
-        died meanwhile; the stream is used up either way.
+        died meanwhile, or there is none and the run was told to stop; the stream is used up either way.
 
         Raises SyncMismatch when a server then holds something else, ServerGaveUp when no server is left for good.
         """
         stream = itertools.chain.from_iterable(buckets)
         try:
             with self.fleet.paused():
-                self.fleet.wait_any()
+                self.fleet.wait_any(self._stopped)
                 urls = self.fleet.up()
+                if not urls:
+                    raise ServersFailed({})
                 self.weights.connect(urls)
                 report = self.weights.push(stream, version, stay_paused=self.fleet.is_lent)
         except ServerError as error:
@@ -168,12 +177,13 @@ class Experience:
             self.fleet.report(gone)
             return None
 
-    def _sampler(self, prompt: Prompt) -> Sampler:
+    def _sampler(self, number: int, prompt: Prompt) -> Sampler:
         rollout = self.config.rollout
+        seed = f"{self.config.seed}:{number}" if self.config.training.deterministic else None
         if rollout.function is not None:
             function = import_function(rollout.function)
-            return FunctionSampler(prompt, rollout.samples_per_prompt, rollout.sampling, function, self.tokenizer)
-        return GroupSampler(prompt, rollout.samples_per_prompt, rollout.sampling)
+            return FunctionSampler(prompt, rollout.samples_per_prompt, rollout.sampling, function, self.tokenizer, seed)
+        return GroupSampler(prompt, rollout.samples_per_prompt, rollout.sampling, seed)
 
     async def _finish(self, group: RolloutGroup) -> None:
         decode([group], self.tokenizer)

@@ -1,4 +1,4 @@
-"""The main loop. Its verbs are the design: generate (and score) → advantages → pack → train → sync → log."""
+"""The main loop. Its verbs are the design: generate (and score) → advantages → pack → train → sync → log → save."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from drpo_megatron.training.run import Run
 
 
 def train(run: Run) -> None:
-    """Train to the last step. SPMD: every rank calls this; rank 0 alone talks to the rollout server and the
-    verifiers.
+    """Train to the last step, from the first or the checkpoint's. SPMD: every rank calls this; rank 0 alone talks to
+    the rollout servers and the verifiers. Raises StopRequested when the run was told to stop, with a checkpoint.
     """
     run.sync()
-    for step in range(run.config.training.steps):
+    for step in range(run.first_step, run.config.training.steps):
         run.begin(step)
         groups = run.generate()
         run.advantages(groups)
@@ -18,4 +18,5 @@ def train(run: Run) -> None:
         results = [run.train(sequences) for sequences in updates]
         run.sync()
         run.log(groups, results)
+        run.save()
     run.finish()

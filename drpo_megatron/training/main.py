@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from drpo_megatron.config import load_config
 from drpo_megatron.platform import distributed
 from drpo_megatron.platform.process import die_with_parent
+from drpo_megatron.training.stop import RECORD, StopRequested, StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +32,19 @@ def send_output_to(path: Path, keep_terminal: bool) -> TextIO | None:
     return terminal
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Ends the process with 0, 1 after an error (recorded in the run's log directory), 75 when the watchdog found that
     the run stands still (recorded too), 130 when it was told to stop.
 
-    Rank 0 turns SIGTERM into an exception, because it has a server to stop; the other ranks die of it at once, which
-    also releases rank 0 from a collective.
+    A run that saves checkpoints stops at the next one on SIGTERM or SIGUSR1, and ends with 0 and a record of it; see
+    `training/stop.py`.
     """
     die_with_parent()
     rank = int(os.environ["RANK"])
     config = load_config(Path(sys.argv[1]), [])
     log_directory = config.run_directory / "log"
     terminal = send_output_to(log_directory / f"rank_{rank}.log", keep_terminal=rank == 0)
-    if rank == 0:
-        signal.signal(signal.SIGTERM, interrupt)
+    stop = StopSignal(rank, saves=config.save.every is not None)
     torch.set_num_threads(config.training.threads)
     code = 0
     try:
@@ -65,10 +60,14 @@ def main() -> None:
         )
         with (
             Watchdog(config.training.verb_timeout_s, rank, log_directory) as watchdog,
-            Run(config, terminal, watchdog) as run,
+            Run(config, terminal, watchdog, stop) as run,
         ):
             train(run)
         distributed.shutdown()
+    except StopRequested as stopped:
+        log.info("%s", stopped)
+        if rank == 0:
+            (log_directory / RECORD).write_text(f"{stopped}\n")
     except KeyboardInterrupt:
         code = 130
     except Exception as error:  # noqa: BLE001 - the last line of defence: recorded, reported, and the process ends

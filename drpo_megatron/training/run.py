@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import NoReturn, Self, TextIO
 
 import torch.distributed as dist
 
 from drpo_megatron.algorithms import compute_advantages
+from drpo_megatron.checkpoint.saver import Saver
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0
-from drpo_megatron.records import RolloutGroup
+from drpo_megatron.records import Metrics, RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, train_sequences
 from drpo_megatron.training.placement import placement_of
 from drpo_megatron.training.probe import SyncProbe
 from drpo_megatron.training.step import Policy, UpdateResult
+from drpo_megatron.training.stop import StopRequested, StopSignal
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
 log = logging.getLogger(__name__)
@@ -31,13 +34,18 @@ class Run:
 
     Every verb is collective: all ranks call it. Groups exist on rank 0 only; the other ranks hold empty lists of them.
     `version` counts the updates that were applied to the weights; the server's tokens carry the version that sampled
-    them.
+    them. `first_step`: the steps that the checkpoint has which this run goes on from.
     """
 
-    def __init__(self, config: RunConfig, terminal: TextIO | None, watchdog: Watchdog) -> None:
+    def __init__(self, config: RunConfig, terminal: TextIO | None, watchdog: Watchdog, stop: StopSignal) -> None:
         self.config = config
         self.terminal = terminal
         self.version = 0
+        self.first_step = 0
+        self.stop = stop
+        self.saver = Saver(config)
+        self._saves = config.save.every is not None or config.save.hf_every is not None
+        self.last_metrics: Metrics = {}
         self.watchdog = watchdog
         self.timer = VerbTimer(watchdog.watch)
 
@@ -45,12 +53,16 @@ class Run:
         with contextlib.ExitStack() as started:
             self.experience: Experience | None = None
             if dist.get_rank() == 0:
-                self.experience = started.enter_context(Experience(self.config))
+                self.experience = started.enter_context(Experience(self.config, self.stop.is_set))
                 self.watchdog.server_states = self.experience.server_states
-                self.tracker = started.enter_context(Tracker(self.config))
-                self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.placement = placement_of(self.config, self.experience)
             self.policy = self.placement.start(lambda: Policy(self.config))
+            started.callback(self.saver.close)
+            if self.config.save.resume:
+                self._resume()
+            if self.experience:
+                self.tracker = started.enter_context(Tracker(self.config, self.first_step))
+                self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.probe = SyncProbe(self.config, self.policy.hf.vocab_size)
             dist.barrier(control_group())
             self.resources = started.pop_all()
@@ -61,17 +73,27 @@ class Run:
     ) -> None:
         self.resources.close()
 
+    def _resume(self) -> None:
+        """Go on from the newest good checkpoint; start anew when there is none."""
+        if resumed := self.saver.resume(self.policy):
+            self.first_step, self.version = resumed.manifest.step, resumed.manifest.version
+            if self.experience and resumed.driver is not None:
+                self.experience.producer.restore(resumed.driver)
+
     def begin(self, step: int) -> None:
         self.step = self.watchdog.step = step
+        self.save_metrics = {"save/stall_s": self.timer.seconds().get("save", 0.0)} if self._saves else {}
         self.timer.reset()
 
     def generate(self) -> list[RolloutGroup]:
         """The groups of this step, sampled and scored. When no server is left, those that come back get the weights and
-        make what is missing.
+        make what is missing. Raises StopRequested, with the step not begun.
         """
         with self.timer("generate"):
             self.placement.for_generation()
-            while not from_rank_0(self.experience.generate() if self.experience else None):
+            while outcome := from_rank_0(self.experience.generate() if self.experience else None):
+                if outcome == "stopped":
+                    self._save_and_stop(self.step)
                 self._push_weights()
                 self.placement.for_generation()
         return self.experience.take_groups() if self.experience else []
@@ -125,7 +147,9 @@ class Run:
             else:
                 for _ in buckets:  # this rank's part in gathering each bucket
                     pass
-            if from_rank_0(pushed) and self._probe():
+            pushed, stopped = from_rank_0((pushed, self.stop.is_set()))
+            # A signal to the whole job ends its servers: who goes on later has others.
+            if (pushed and self._probe()) or stopped:
                 return
 
     def _probe(self) -> bool:
@@ -154,18 +178,51 @@ class Run:
             groups,
             gathered,
             verb_seconds=self.timer.seconds(),
-            sync=self.experience.sync_metrics | self.experience.producer.metrics,
+            sync=self.experience.sync_metrics | self.experience.producer.metrics | self.save_metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),
         )
+        self.last_metrics = metrics
         self.tracker.log(self.step, metrics)
         self.tracker.dump_rollouts(self.step, groups)
         self.progress.update(self.step, metrics)
 
+    def save(self) -> None:
+        """The checkpoint and the export that are due after this step, and the name of one that was being written.
+
+        Raises StopRequested when the run was told to stop, with a checkpoint complete.
+        """
+        settings, done = self.config.save, self.step + 1
+        with self.timer("save"):
+            self.saver.poll()
+            if from_rank_0(self.stop.is_set()):
+                self._save_and_stop(done)
+            if settings.every and (done % settings.every == 0 or done == self.config.training.steps):
+                self._save(done)
+            if settings.hf_every and done % settings.hf_every == 0:
+                self._export(self.config.run_directory / "exports" / f"step_{done:06d}")
+
+    def _save(self, steps_done: int) -> None:
+        self.placement.for_training()
+        driver = self.experience.producer.state() if self.experience else None
+        self.saver.save(self.policy, steps_done, self.version, driver, self.last_metrics)
+
+    def _save_and_stop(self, steps_done: int) -> NoReturn:
+        if steps_done > self.first_step:
+            self._save(steps_done)
+        self.saver.finish()
+        holds = f"{self.config.checkpoint_directory} holds a checkpoint of them" if steps_done else "nothing is lost"
+        raise StopRequested(f"stopped as it was told to, after {steps_done} steps; {holds}")
+
+    def _export(self, out: Path) -> None:
+        self.placement.for_training()
+        save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path)
+
     def finish(self) -> None:
-        """Write the trained model as a Hugging Face directory beside the run's metrics."""
+        """Wait for the last checkpoint, and write the trained model as a Hugging Face directory beside the run's
+        metrics.
+        """
+        self.saver.finish()
         if self.config.training.export:
-            self.placement.for_training()
-            out = self.config.run_directory / "hf"
-            save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path)
+            self._export(self.config.run_directory / "hf")

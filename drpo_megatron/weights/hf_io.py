@@ -96,6 +96,13 @@ class _reading:
             ) from error
 
 
+def carry_files(source_dir: Path, out_dir: Path) -> None:
+    """Copy everything of a model directory that is not weights: configuration, tokenizer, chat template, licence …"""
+    for file in sorted(source_dir.iterdir()):
+        if file.is_file() and file.suffix in _CARRIED_SUFFIXES and file.name != INDEX_NAME:
+            shutil.copyfile(file, out_dir / file.name)
+
+
 class SafetensorsWriter:
     """Writes a model directory: shards of at most `max_shard_bytes`, an index when there are several, and the files
     beside the weights in `source_dir`.
@@ -159,9 +166,7 @@ class SafetensorsWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def _carry_files(self) -> None:
-        for file in sorted(self.source_dir.iterdir()):
-            if file.is_file() and file.suffix in _CARRIED_SUFFIXES and file.name not in (INDEX_NAME, "config.json"):
-                shutil.copyfile(file, self._tmp / file.name)
+        carry_files(self.source_dir, self._tmp)
         config = json.loads((self.source_dir / "config.json").read_text())
         if len(self._dtypes) == 1:
             # Readers take the dtype from here: it must be the one that was written.

@@ -92,7 +92,7 @@ class Setup:
             1,
             Stream(),
             client=lambda: RolloutClient(self.fleet, config),
-            sampler=sampler or (lambda prompt: GroupSampler(prompt, config.samples_per_prompt, config.sampling)),
+            sampler=sampler or (lambda _, prompt: GroupSampler(prompt, config.samples_per_prompt, config.sampling)),
             finish=reward,
             abort=abort,
         ) as made:
@@ -166,7 +166,7 @@ def test_what_is_cut_goes_on_with_what_it_had(setup: Setup) -> None:
     slow = SamplingConfig(max_new_tokens=450, ignore_eos=True)
     short = SamplingConfig(max_new_tokens=20, ignore_eos=True)
 
-    def sampler(prompt: Prompt) -> Sampler:
+    def sampler(_: int, prompt: Prompt) -> Sampler:
         return GroupSampler(prompt, 4, slow if prompt in PROMPTS[:2] else short)
 
     before = setup.version
@@ -197,7 +197,7 @@ def test_turns_with_inserted_tokens(setup: Setup) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(setup.path)
     config = settings(prompts_per_step=3)
-    with setup.producer(config, lambda prompt: FunctionSampler(prompt, 4, LONG, two_turns, tokenizer)) as producer:
+    with setup.producer(config, lambda _, prompt: FunctionSampler(prompt, 4, LONG, two_turns, tokenizer)) as producer:
         producer.synced(setup.version)
         made = rollouts_of(producer.take())
     inserted = tokenizer("tool", add_special_tokens=False)["input_ids"]

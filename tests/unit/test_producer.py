@@ -71,6 +71,12 @@ class OneGroup:
         if any(v < version for v in self.versions):
             self.versions.clear()
 
+    def state(self) -> list[int]:
+        return list(self.versions)
+
+    def restore(self, state: list[int]) -> None:
+        self.versions = list(state)
+
     async def run(self, client: RolloutClient) -> RolloutGroup:
         self.world.begun.append(self.prompt.token_ids[0])
         for _ in range(self.world.random.randint(1, 4)):
@@ -115,7 +121,7 @@ def producer(world: World, updates: int = 1, **settings: Any) -> Iterator[Rollou
         updates,
         source,
         client=lambda: Client(Nobody(), config),
-        sampler=lambda prompt: OneGroup(world, prompt),
+        sampler=lambda _, prompt: OneGroup(world, prompt),
         finish=finish,
         abort=abort,
     ) as made:
@@ -128,6 +134,10 @@ def numbers(groups: list[RolloutGroup]) -> list[int]:
 
 def oldest(groups: list[RolloutGroup]) -> int:
     return min(v for g in groups for r in g.rollouts for v in r.weight_versions)
+
+
+def begun(state: dict[str, Any]) -> list[int]:
+    return [ticket["number"] for ticket in state["begun"]]
 
 
 def train(made: RolloutProducer, world: World, steps: int, updates: int = 1) -> list[tuple[list[int], int]]:
@@ -176,7 +186,7 @@ def test_asynchronous_is_bounded_and_loses_nothing(staleness: int, updates: int)
             ages.append(world.version - oldest(groups))
             world.version += updates
             made.synced(world.version)
-        left = made.state()["begun"]
+        left = begun(made.state())
     assert max(ages) <= staleness and max(ages) > 0
     assert Counter(trained + left) == Counter(range(len(trained) + len(left)))
     assert len(left) <= 4 * (staleness // updates + 1)
@@ -202,7 +212,7 @@ def test_a_death_loses_nothing_and_trains_nothing_twice() -> None:
             world.version += 1
             made.synced(world.version)
         world.down = False
-        left = made.state()["begun"]
+        left = begun(made.state())
     assert deaths == 3
     assert Counter(trained + left) == Counter(range(len(trained) + len(left)))
 
@@ -216,11 +226,46 @@ def test_the_position_survives_a_restart() -> None:
     with producer(again, schedule="asynchronous", max_staleness=2) as made:
         made.restore(state)
         after = [n for step, _ in train(made, again, 5) for n in step]
-        left = made.state()["begun"]
+        left = begun(made.state())
         with pytest.raises(RuntimeError, match="before the first group"):
             made.restore(state)
-    assert again.begun[: len(state["begun"])] == state["begun"]
+    done = [ticket["number"] for ticket in state["begun"] if ticket["group"] is not None]
+    assert done and not set(again.begun) & set(done)  # trained as they were sampled
+    wanted = [number for number in begun(state) if number not in done]
+    assert again.begun[: len(wanted)] == wanted
     assert Counter(before + after + left) == Counter(range(len(before + after + left)))
+
+
+def test_what_is_kept_over_a_restart_is_never_too_old() -> None:
+    """Of a run with slow groups: those that were cut go on with the tokens they have, as far as they may."""
+    world = World()
+    world.slow = {0, 3}
+    with producer(world, over_sampling=1.5, max_staleness=1) as made:
+        made.synced(0)
+        assert numbers(made.take()) == [1, 2, 4, 5]
+        state = made.state()
+    kept = {ticket["number"]: ticket["sampled"] for ticket in state["begun"]}
+    assert kept.keys() == {0, 3} and all(kept.values()) and all(ticket["cut"] for ticket in state["begun"])
+    for version, goes_on in ((1, True), (2, False)):
+        again = World()
+        again.version = version
+        with producer(again, over_sampling=1.5, max_staleness=1) as made:
+            made.restore(state)
+            made.synced(version)
+            groups = made.take()
+            assert groups is not None and numbers(groups)[:2] == [0, 3]
+            assert all((r.weight_versions[0] == 0) is goes_on for g in groups[:2] for r in g.rollouts)
+
+
+def test_a_stop_takes_nothing() -> None:
+    world = World()
+    world.slow = set(range(4))
+    with producer(world) as made:
+        made.synced(0)
+        assert made.take(lambda: True) is None
+        world.aborted.set()
+        groups = made.take(lambda: False)
+        assert groups is not None and numbers(groups) == [0, 1, 2, 3]
 
 
 def test_groups_without_a_signal_are_replaced_within_a_limit() -> None:
@@ -263,7 +308,7 @@ def test_another_error_reaches_the_trainer() -> None:
             raise GenerationError("no")
 
     with producer(world) as made:
-        made._make_sampler = lambda prompt: Broken(world, prompt)
+        made._make_sampler = lambda _, prompt: Broken(world, prompt)
         made.synced(0)
         with pytest.raises(GenerationError, match="no"):
             made.take()

@@ -281,6 +281,8 @@ def test_only_the_temperature_shapes_the_distribution() -> None:
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert "stop" not in parameters
     stop = SamplingConfig(max_new_tokens=3, stop=["\n"])
+    seeded = request_body([[10, 20]] * 2, SAMPLING, [3, 4], [7, 8])["sampling_params"]
+    assert [(one["max_new_tokens"], one["sampling_seed"]) for one in seeded] == [(3, 7), (4, 8)]
     assert request_body([[10, 20]], stop)["sampling_params"]["stop"] == ["\n"]
 
 

@@ -57,9 +57,33 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "test" / "tb"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.25), (1, 0.25)]
-    with Tracker(config) as tracker:  # a resumed run goes on in the same file
+    with Tracker(config, first_step=2) as tracker:  # a resumed run goes on in the same file
         tracker.log(2, METRICS)
     assert [r["step"] for r in read_metrics(tmp_path / "test")] == [0, 1, 2]
+
+
+def test_a_resumed_run_forgets_what_it_does_again(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    prompt = Prompt("p:1", [1, 2], "7")
+    group = RolloutGroup(prompt, [Rollout(prompt, [3], [-0.5], [4], "stop")])
+    with Tracker(config) as tracker:
+        for step in range(4):
+            tracker.log(step, {"reward/mean": float(step)})
+            tracker.dump_rollouts(step, [group])
+    with (tmp_path / "test" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # the run was killed
+    with Tracker(config, first_step=2) as tracker:
+        tracker.log(2, {"reward/mean": 9.0})
+    rows = [json.loads(line) for line in (tmp_path / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["reward/mean"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 9.0)]
+    dumps = sorted(path.name for path in (tmp_path / "test" / "rollouts").iterdir())
+    assert dumps == ["step_000000.jsonl", "step_000001.jsonl"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "test" / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.0), (1, 1.0), (2, 9.0)]
 
 
 def test_switches(tmp_path: Path) -> None:

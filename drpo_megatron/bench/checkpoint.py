@@ -1,0 +1,94 @@
+"""How long a checkpoint holds up training: begun and left to a process of its own, over written while training waits.
+
+The SmolLM2 policy with its real weights, fp32, one rank, after an update: weights, main weights, Adam's moments. Both
+ways alternate; a sample is the quotient of two neighbours in time. What counts of the asynchronous way is what
+training waits for: planning, copying and forking when it begins, and giving the complete checkpoint its name. Both
+write to the disk (fsync) and compute checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from drpo_megatron.bench.report import Figure
+from drpo_megatron.platform.process import HUGE_PAGES
+
+RECIPE = Path(__file__).parents[2] / "configs" / "smollm2-arithmetic.yaml"
+REPETITIONS = 5
+
+
+def measure() -> dict[str, Figure]:
+    """Raises CalledProcessError when the worker fails; its message is on stderr."""
+    from drpo_megatron.models.recipes import ensure_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = ensure_model("smollm2_135m", Path(directory) / "smollm2-135m")
+        done = subprocess.run(
+            [sys.executable, "-m", "drpo_megatron.bench.checkpoint", str(model), directory, str(REPETITIONS)],
+            env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": "1"},  # as the launcher's ranks
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    samples = json.loads(done.stdout.splitlines()[-1])
+    pairs = list(zip(samples["stall"], samples["whole"], strict=True))
+    return {
+        "async_stall_share": Figure.of([stall / whole for stall, whole in pairs], "<= 0.1"),
+        "megabytes": Figure.of([samples["bytes"] / 1e6]),
+        "megabytes_per_s_synchronous": Figure.of([samples["bytes"] / 1e6 / whole for _, whole in pairs]),
+    }
+
+
+def run(model: Path, directory: Path, repetitions: int) -> dict[str, object]:
+    """Seconds that training waits: `whole` for a synchronous save, `stall` for an asynchronous one."""
+    import torch
+
+    from drpo_megatron.bench.prefix import synthetic_updates
+    from drpo_megatron.config import load_config
+    from drpo_megatron.platform import distributed
+
+    overrides = [f"model.path={model}", f"tracking.directory={directory}", "parallel.pipeline=1", "save.every=1"]
+    configs = {name: load_config(RECIPE, [*overrides, f"save.asynchronous={name == 'stall'}"]) for name in _WAYS}
+    distributed.initialize(configs["whole"].layout)
+    torch.set_num_threads(1)
+
+    from drpo_megatron.checkpoint import manifest as manifests
+    from drpo_megatron.checkpoint.saver import Saver
+    from drpo_megatron.training.step import Policy
+
+    policy = Policy(configs["whole"])
+    (update,) = synthetic_updates(1, 1, 2, policy.hf.vocab_size)
+    policy.update(update, version=0)
+    savers = {name: Saver(config) for name, config in configs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in _WAYS}
+
+    def seconds(name: str, step: int) -> float:
+        saver, begin = savers[name], time.perf_counter()
+        saver.save(policy, step, step, None, {})
+        waited = time.perf_counter() - begin
+        saver.wait_for_writer()  # training goes on meanwhile
+        begin = time.perf_counter()
+        saver.poll()
+        return waited + time.perf_counter() - begin
+
+    for name in _WAYS:
+        seconds(name, 1)
+    for repetition in range(repetitions):
+        for name in _WAYS:
+            samples[name].append(seconds(name, 2 + repetition))
+    written = manifests.read(configs["whole"].checkpoint_directory / f"step_{1 + repetitions:06d}").total_bytes
+    distributed.shutdown()
+    return samples | {"bytes": written}
+
+
+_WAYS = ("whole", "stall")
+
+if __name__ == "__main__":
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    print(json.dumps(run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,199 @@
+"""What a rank holds, as Megatron-Core's sharded state: weights, optimizer, schedule, counters, random numbers.
+
+Everything is named over the whole model, so that ranks of another layout find their part.
+
+On a GPU this has not been run: see docs/gpu-checklist.md.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from drpo_megatron.checkpoint.manifest import CheckpointError
+from drpo_megatron.training.step import Policy
+
+# Names of the optimizer's tensors then do not tell how many optimizers a layout takes: experts have one of their own
+# where they are divided over other ranks than the rest.
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _metadata() -> dict[str, Any]:
+    """A copy for each call: Megatron-Core writes its process groups into it."""
+    return dict(_RESHARDABLE)
+
+
+def optimizer_kind(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint of this optimizer can be read into. Layouts may differ, this may not."""
+    return {"distributed_optimizer": policy.config.optimizer.distributed, "dtype": policy.config.model.dtype}
+
+
+def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
+    """Plan the save of this rank's part into `directory`, an empty one, with copies of what training would change.
+
+    Collective over all ranks. What the request does needs no other rank, until its `finalize_fns`, which are collective
+    again. Those and the planning use the default process group.
+    """
+    if filesystem_async._results_queue is None:
+        # Megatron-Core's own is a server process, which outlives a trainer that is killed.
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    return dist_checkpointing.save(
+        _state(policy, is_loading=False),
+        str(directory),
+        strategy,
+        async_sharded_save=True,
+        async_strategy="mcore",  # its successor is a package of its own, for GPUs
+        content_metadata=_metadata() | optimizer_kind(policy),
+    )
+
+
+def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:
+    """Fill the policy from `directory`, and with `same_layout` the random-number generators. Collective over all ranks.
+
+    Returns whether the checkpoint has more than weights; without, the optimizer starts anew. Raises CheckpointError for
+    one of another kind of optimizer.
+    """
+    content = dist_checkpointing.load_content_metadata(str(directory)) or {}
+    if "distributed_optimizer" not in content:
+        state = dist_checkpointing.load({"model": _model_state(policy)}, str(directory))
+        _load_model(policy, state)
+        policy.optimizer.reload_model_params()
+        return False
+    for key, now in optimizer_kind(policy).items():
+        if content[key] != now:
+            name = "model.dtype" if key == "dtype" else "optimizer.distributed"
+            raise CheckpointError(
+                f"{directory} was written with {name} = {content[key]}, now it is {now}; set it as it was, or convert "
+                "the checkpoint to a Hugging Face directory and start from that"
+            )
+    state = dist_checkpointing.load(_state(policy, is_loading=True, with_random=same_layout), str(directory))
+    _load_model(policy, state)
+    _load_optimizer(policy, state["optimizer"], state["optimizer_steps"])
+    policy.scheduler.load_state_dict(state["scheduler"])
+    policy.guard.skipped_total, policy.guard.skipped_in_a_row = state["skipped"]
+    if same_layout:
+        _set_random_state(state["random"])
+    return True
+
+
+def _load_optimizer(policy: Policy, state: Any, steps: int) -> None:
+    """Megatron-Core's own, made right for a layout with another number of optimizers, and for torch's AdamW, which it
+    takes where there is neither TE nor Apex: that one has its count of steps beside the moments of every parameter.
+    """
+    parts = _parts(policy)
+    if not isinstance(parts[0], DistributedOptimizer):
+        policy.optimizer.load_state_dict(state)
+        return
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, of_part in zip(parts, states, strict=True):
+        of_part["param_state_sharding_type"] = _RESHARDABLE["distrib_optim_sharding_type"]
+        # The settings of now; the schedule sets the learning rate.
+        of_part["optimizer"] = part.state_dict()["optimizer"]
+        for group in of_part["optimizer"]["param_groups"]:
+            group["step"] = steps
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            copy = part._set_main_param_and_optimizer_states
+            # It copies every tensor of the state, and has no count among what it read.
+            part._set_main_param_and_optimizer_states = lambda p, tensors, copy=copy: copy(p, {"step": None} | tensors)
+        part.load_state_dict(of_part)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            del part._set_main_param_and_optimizer_states
+            for of_parameter in part.optimizer.state.values():
+                # One tensor for all parameters would count a step for each of them.
+                of_parameter["step"] = of_parameter["step"].clone()
+
+
+def _optimizer_steps(policy: Policy) -> int:
+    """Of Adam's bias correction: one each applied update."""
+    for part in _parts(policy):
+        for group in part.optimizer.param_groups:
+            if group.get("step"):
+                return int(group["step"])
+        for of_parameter in part.optimizer.state.values():
+            return int(of_parameter["step"])
+    return 0
+
+
+def _give_state(part: DistributedOptimizer) -> None:
+    """Adam has none before its first step, and what is saved or loaded needs a place."""
+    groups = part.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0  # nor does it decay weights then
+    part._init_optimizer_states_with_dummy_values()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:
+            group["step"] = 0
+    for of_parameter in part.optimizer.state.values():
+        if "step" in of_parameter:
+            of_parameter["step"].zero_()
+
+
+def _parts(policy: Policy) -> list[Any]:
+    return list(getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]))
+
+
+def _state(policy: Policy, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
+    model = _model_state(policy)
+    for part in _parts(policy):
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            _give_state(part)
+    state = {
+        "model": model,
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
+        "optimizer_steps": 0 if is_loading else _optimizer_steps(policy),
+        "scheduler": policy.scheduler.state_dict(),
+        "skipped": (policy.guard.skipped_total, policy.guard.skipped_in_a_row),
+    }
+    if with_random:
+        state["random"] = ShardedObject(
+            "random", _random_state(), global_shape=(dist.get_world_size(),), global_offset=(dist.get_rank(),)
+        )
+    return state
+
+
+def _model_state(policy: Policy) -> dict[str, Any]:
+    """By number of the model chunk. The names of tensors count layers over the whole model."""
+    return {str(i): module.sharded_state_dict(metadata=_metadata()) for i, module in enumerate(policy.modules)}
+
+
+def _load_model(policy: Policy, state: dict[str, Any]) -> None:
+    for i, module in enumerate(policy.modules):
+        module.load_state_dict(state["model"][str(i)])
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

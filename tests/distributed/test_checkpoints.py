@@ -1,0 +1,231 @@
+"""Checkpoints of real policies: what goes on from one equals what was never stopped, in every layout; what is damaged
+is not loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drpo_megatron.checkpoint import manifest as manifests
+from drpo_megatron.checkpoint.manifest import CheckpointError
+from drpo_megatron.config.schema import RunConfig
+from tests import tiny_models
+from tests.distributed.test_train_step import make_sequences, run_config
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+SP2 = {"tensor": 2, "sequence_parallel": True}
+LOGGED: list[str] = []
+DRIVER = {"source": {"epoch": 1}, "begun": [{"experts": torch.arange(6, dtype=torch.int16).view(1, 2, 3)}]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that saves in layout `saved`, and those that go on from it."""
+
+    family: str
+    saved: dict[str, Any]
+    resumed: tuple[dict[str, Any], ...]
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        settings = [*self.saved.items(), *self.overrides]
+        return "-".join([self.family, *(f"{key}.{value}" for key, value in settings)])
+
+
+CASES = [
+    Case("qwen3", {"data": 2}, ({"data": 2}, SP2, {"pipeline": 2}), (("save.asynchronous", False),)),
+    Case("qwen3", SP2, ({"data": 2}, SP2), (("model.dtype", "bfloat16"),)),
+    Case("qwen2", {"pipeline": 2}, ({"pipeline": 2}, {"data": 2}, {"pipeline": 2, "virtual_pipeline": 2})),
+    Case("qwen3_moe", {"data": 2}, ({"data": 2}, SP2 | {"expert": 2}, {"data": 2, "expert": 2}, {"pipeline": 2})),
+    Case("qwen3_moe", {"data": 2, "expert": 2}, ({"data": 2}, {"data": 2, "expert": 2})),
+    Case("qwen3", {"data": 2}, ({"data": 2}, SP2), (("optimizer.distributed", False),)),
+]
+
+
+def configuration(root: Path, case: Case, parallel: dict[str, Any]) -> RunConfig:
+    raw = run_config(root / case.family, parallel, steps=8, deterministic=False).model_dump()
+    raw["name"], raw["tracking"]["directory"] = case.name, root
+    raw["optimizer"] |= {"lr": 1e-3, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.1}
+    if "moe" in case.family:
+        raw["model"]["routing_replay"] = False
+    for key, value in case.overrides:
+        section, name = key.split(".")
+        raw[section][name] = value
+    return RunConfig.model_validate(raw)
+
+
+class _Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        LOGGED.append(record.getMessage())
+
+
+def enter(config: RunConfig, first: bool) -> Any:
+    from drpo_megatron.platform import distributed
+
+    if first:
+        distributed.initialize(config.layout, timeout_s=120, seed=0)
+        logging.getLogger("drpo_megatron.checkpoint.saver").addHandler(_Listener())
+    else:
+        distributed.change_layout(config.layout, seed=0)
+    from drpo_megatron.training.step import Policy
+
+    return Policy(config)
+
+
+def weights(policy: Any) -> dict[str, torch.Tensor]:
+    from drpo_megatron.weights.exporter import iter_hf_tensors
+
+    return {name: t.clone() for bucket in iter_hf_tensors(policy.modules, policy.hf) for name, t in bucket}
+
+
+def updates(policy: Any, numbers: range) -> dict[str, Any]:
+    sequences = make_sequences(policy.hf.vocab_size)
+    results = [policy.update(sequences, number) for number in numbers]
+    return {
+        "norms": [r.grad_norm for r in results],
+        "lr": [r.learning_rate for r in results],
+        "weights": weights(policy),
+        "random": float(torch.rand(())),
+    }
+
+
+def save_and_go_on(root: Path, cases: list[Case]) -> list[dict[str, Any]]:
+    """Two updates, a checkpoint, and two more while it is written."""
+    import torch.distributed as dist
+
+    from drpo_megatron.checkpoint.saver import Saver
+
+    outcomes = []
+    for index, case in enumerate(cases):
+        config = configuration(root, case, case.saved)
+        policy = enter(config, first=index == 0)
+        saver = Saver(config)
+        before = weights(policy)
+        saver.save(policy, 0, 0, None, {})  # Adam has no state yet
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+        updates(policy, range(2))
+        saver.save(policy, 2, 2, DRIVER if dist.get_rank() == 0 else None, {"reward/mean": 0.25})
+        outcomes.append(updates(policy, range(2, 4)))
+        saver.finish()
+    return outcomes
+
+
+def resume_and_go_on(root: Path, wanted: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
+    from drpo_megatron.checkpoint.saver import Saver
+
+    outcomes = []
+    for index, (case, parallel) in enumerate(wanted):
+        config = configuration(root, case, parallel)
+        policy = enter(config, first=index == 0)
+        resumed = Saver(config).resume(policy)
+        assert resumed is not None
+        outcomes.append(updates(policy, range(2, 4)) | {"manifest": resumed.manifest, "driver": resumed.driver})
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints")
+    for family in {case.family for case in CASES}:
+        tiny_models.write(family, path / family)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, save_and_go_on, root, CASES)[0]
+
+
+def test_goes_on_as_if_never_stopped(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    wanted = [(case, parallel) for case in CASES for parallel in case.resumed]
+    outcomes = run_ranks(2, resume_and_go_on, root, wanted)[0]
+    expected = {case.name: outcome for case, outcome in zip(CASES, uninterrupted, strict=True)}
+    for (case, parallel), outcome in zip(wanted, outcomes, strict=True):
+        of_case, what = expected[case.name], f"{case.name} in {parallel}"
+        assert outcome["lr"] == of_case["lr"], what
+        assert outcome["manifest"].step == 2 and outcome["manifest"].metrics == {"reward/mean": 0.25}
+        torch.testing.assert_close(outcome["driver"], DRIVER, rtol=0, atol=0)
+        same = parallel == case.saved
+        if same:
+            assert outcome["norms"] == of_case["norms"] and outcome["random"] == of_case["random"], what
+        # Adam moves weights by up to lr an update; another order of sums moves them by rounding.
+        rounding = 2**-8 * 2 if ("model.dtype", "bfloat16") in case.overrides else 1e-5
+        tolerance = 0.0 if same else rounding
+        for name, tensor in of_case["weights"].items():
+            torch.testing.assert_close(
+                outcome["weights"][name], tensor, rtol=tolerance, atol=tolerance, msg=f"{what}: {name} differs"
+            )
+
+
+def test_the_files_beside_the_weights_are_carried(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    case = CASES[0]
+    checkpoint = root / case.name / "checkpoints" / "step_000002"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        source = root / case.family / name
+        if source.exists():
+            assert (checkpoint / manifests.HF_FILES / name).read_bytes() == source.read_bytes()
+    read = manifests.read(checkpoint)
+    assert set(read.files) == set(manifests.data_files(checkpoint))
+    assert read.layout["data"] == 2 and read.versions["megatron-core"]
+
+
+def resume_only(root: Path, case: Case, parallel: dict[str, Any]) -> tuple[int | str, list[str]]:
+    """The step that was loaded, or why none was, and what was logged."""
+    from drpo_megatron.checkpoint.saver import Saver
+
+    config = configuration(root, case, parallel)
+    policy = enter(config, first=True)
+    try:
+        resumed = Saver(config).resume(policy)
+    except CheckpointError as error:
+        return str(error), LOGGED
+    return resumed.manifest.step if resumed else -1, LOGGED
+
+
+def test_a_damaged_checkpoint_is_never_loaded(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    """The one before is taken, with a message; without one, the run does not start anew by itself."""
+    case = CASES[0]
+    damaged = root / "damaged"
+    shutil.copytree(root / case.name, damaged / case.name)
+    shutil.copytree(root / case.family, damaged / case.family)
+    checkpoints = damaged / case.name / "checkpoints"
+    shutil.rmtree(checkpoints / "step_000000")
+    (good,) = checkpoints.iterdir()
+    for step, damage in ((4, "flipped"), (6, "truncated"), (8, "half-written")):
+        path = checkpoints / f"step_{step:06d}"
+        shutil.copytree(good, path)
+        file = max((path / manifests.STATE).glob("*.distcp"), key=lambda p: p.stat().st_size)
+        contents = bytearray(file.read_bytes())
+        contents[len(contents) // 3] ^= 0x10
+        file.write_bytes(contents if damage == "flipped" else contents[: len(contents) // 2])
+        if damage == "half-written":
+            (path / manifests.MANIFEST).unlink()
+    step, logged = run_ranks(2, resume_only, damaged, case, case.saved)[0]
+    assert step == 2
+    text = "\n".join(logged)
+    for says in ("step_000008 has no manifest.json", "were written", "step_000006/state/__", "step_000004/state/__"):
+        assert says in text
+    assert "SHA-256 differs" in text
+
+    shutil.rmtree(good)
+    refused, _ = run_ranks(2, resume_only, damaged, case, case.saved)[0]
+    assert isinstance(refused, str) and refused.startswith(f"no checkpoint in {checkpoints} can be used")
+    assert all(f"step_{step:06d}" in refused for step in (4, 6, 8)) and "Move them away" in refused
+
+
+def test_another_kind_of_optimizer_is_refused(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    case = CASES[0]
+    other = Case(case.family, case.saved, (), (*case.overrides, ("optimizer.distributed", False)))
+    shutil.copytree(root / case.name, root / other.name)
+    refused, _ = run_ranks(2, resume_only, root, other, case.saved)[0]
+    assert "optimizer.distributed = True, now it is False" in str(refused)
