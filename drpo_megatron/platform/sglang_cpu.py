@@ -66,15 +66,47 @@ def install_stand_ins() -> None:
 
 
 def allow_deterministic_inference() -> None:
-    """SGLang refuses --enable-deterministic-inference with the CPU's attention, and compiles the sampling by seeds, for
-    which there need be no compiler. Its batch-invariant kernels are for GPUs: here no batch has two requests.
+    """SGLang refuses --enable-deterministic-inference with the CPU's attention, compiles the sampling by seeds, for
+    which there need be no compiler, and hashes them in `sgl_kernel`. Its batch-invariant kernels are for GPUs: here no
+    batch has two requests.
     """
+    import torch
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
 
     add_deterministic_attention_backend_choices(["torch_native"])
     batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    global _library
+    _library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    _library.define("murmur_hash32_cpu(Tensor seeds_N, Tensor positions_N, Tensor columns_V) -> Tensor")
+    _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+
+
+_library: Any = None  # torch forgets the operator with it
+
+
+def murmur_hash32(seeds_N: Any, positions_N: Any, columns_V: Any) -> Any:
+    """MurmurHash3 (x86, 32 bits, seed 0) of the 16 bytes that seed (8), position (4) and column (4) are in little
+    endian: int64 [N, V], from integers [N], [N] and [V].
+    """
+    import torch
+
+    mask = 2**32 - 1
+
+    def rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return (x << bits | x >> 32 - bits) & mask
+
+    # Products overflow 64 bits and are right in the lower 32.
+    seeds_N1, positions_N1 = seeds_N.to(torch.int64)[:, None], positions_N.to(torch.int64)[:, None]
+    hash_NV = torch.zeros((1, 1), dtype=torch.int64)
+    for block in (seeds_N1, seeds_N1 >> 32, positions_N1, columns_V.to(torch.int64)[None]):
+        mixed = rotated((block & mask) * 0xCC9E2D51 & mask, 15) * 0x1B873593 & mask
+        hash_NV = rotated(hash_NV ^ mixed, 13) * 5 + 0xE6546B64 & mask
+    hash_NV ^= 16
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        hash_NV = (hash_NV ^ hash_NV >> shift) * factor & mask
+    return hash_NV ^ hash_NV >> 16
 
 
 def fork_workers() -> None:

@@ -15,7 +15,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -184,6 +184,7 @@ class RolloutProducer:
         if self._began:
             raise RuntimeError("restore() before the first group is begun")
         self._source.restore(state["source"])
+        self._counts = StepCounts(**state["counts"])
         for of_one in state["begun"]:
             prompt = self._source.at(of_one["number"])
             ticket = Ticket(of_one["number"], self._make_sampler(of_one["number"], prompt), cut=of_one["cut"])
@@ -259,7 +260,13 @@ class RolloutProducer:
 
     async def _state(self) -> dict[str, Any]:
         begun = sorted([*self._done, *self._running.values(), *self._queue], key=lambda t: t.number)
-        return {"source": self._source.state(), "begun": [self._ticket_state(ticket) for ticket in begun]}
+        # What runs is begun again, and counted then.
+        counts = replace(self._counts, sampled=self._counts.sampled - len(self._running))
+        return {
+            "source": self._source.state(),
+            "begun": [self._ticket_state(ticket) for ticket in begun],
+            "counts": asdict(counts),
+        }
 
     def _ticket_state(self, ticket: Ticket) -> dict[str, Any]:
         return {

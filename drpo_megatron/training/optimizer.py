@@ -97,6 +97,9 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # After a resume too, the settings are the configuration's; a checkpoint only has the number of updates.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
 

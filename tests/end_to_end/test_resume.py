@@ -23,7 +23,7 @@ SETTINGS = (
     "save.every=2",
     "save.hf_every=4",
 )
-TIMES = ("perf/", "time", "memory/", "sync/seconds")
+TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s")
 
 
 def without_times(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
