@@ -21,7 +21,7 @@ from drpo_megatron.weights import fp8
 from drpo_megatron.weights.convert_jobs import check_small_files, checked_beside, run_in_processes
 from drpo_megatron.weights.families import WeightTable, weight_table
 from drpo_megatron.weights.hf_io import ModelDirectory, ShardFile, listed
-from drpo_megatron.weights.map import Replicated, WeightRule
+from drpo_megatron.weights.map import FusedQKV, GatedMLP, Replicated, WeightRule
 
 ExportDtype = Literal["bf16", "fp32", "fp8"]
 EXPORT_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -145,6 +145,21 @@ def plan_export(source: Source, dtype: ExportDtype | None, max_shard_bytes: int)
         shards[-1].append(one)
         filled += one.nbytes
     return Plan(shards)
+
+
+def within_a_block(source: Source, plan: Plan) -> list[str]:
+    """Quantized tensors that end within a block where a server joins them to others: query, key and value, gate and up.
+
+    SGLang refuses such a model.
+    """
+    return [
+        name
+        for shard in plan.shards
+        for one in shard
+        if one.quantized and isinstance(source.table.rule(one.name), FusedQKV | GatedMLP)
+        for name, (shape, dtype) in one.shapes.items()
+        if dtype == fp8.FP8 and shape[0] % fp8.BLOCK
+    ]
 
 
 def exported_tensors(source: Source, one: Exported) -> Iterator[tuple[str, torch.Tensor]]:

@@ -81,6 +81,11 @@ class SafetensorsReader(Mapping[str, LazyTensor]):
                 f"{self.path} has neither {SINGLE_NAME} nor {INDEX_NAME}: it holds no safetensors model"
             )
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold tensors."""
+        return sorted(set(self._files.values()))
+
     def __getitem__(self, name: str) -> LazyTensor:
         file = self.path / self._files[name]
         return LazyTensor(file, name, self._open(file, name))
