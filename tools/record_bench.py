@@ -20,6 +20,7 @@ TITLES = {
     "loss": "The fused projection and loss",
     "prefix": "What shared prefixes save",
     "sync": "A weight sync over a bare broadcast",
+    "convert": "A conversion over a bare write of the same bytes",
     "step": "Where the time of a step goes",
 }
 LABELS = {

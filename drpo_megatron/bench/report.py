@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BENCHES = ("step", "loss", "prefix", "sync")
+BENCHES = ("step", "loss", "prefix", "sync", "convert")
 VERSIONS_OF = ("drpo-megatron", "torch", "megatron-core", "sglang", "transformers")
 
 
