@@ -41,7 +41,7 @@ def server_log(model: Path, log: Path) -> str:
     return log.read_text()
 
 
-def export(directory: Path, **changes: int) -> Path:
+def export(directory: Path, **changes: float) -> Path:
     tiny_models.write("qwen3", directory / "model", dtype=torch.bfloat16, **WHOLE_BLOCKS | changes)
     hf_to_checkpoint(directory / "model", directory / "checkpoint", max_shard_bytes=10**9)
     checkpoint_to_hf(directory / "checkpoint", directory / "fp8", dtype="fp8", max_shard_bytes=10**9)
