@@ -4,9 +4,10 @@ without a process group.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +46,7 @@ class StoredTensor:
         wanted: Bounds = (*((i, i + 1) for i in self._place.index), *inner)
         result = torch.empty([stop - start for start, stop in wanted], dtype=self.dtype)
         filled = 0
-        for chunk in self._stored.chunks:
+        for chunk in self._reader.chunks(self._place):
             filled += self._reader.fill(result, wanted, self._place.key, chunk)
         if filled != result.numel():
             raise CheckpointError(f"{self._reader.state} has only {filled} of {result.numel()} values of {self._place}")
@@ -80,6 +81,7 @@ class CheckpointReader(Mapping[str, StoredTensor]):
             for name, place in parameters_of(key, stored.size):
                 # Two spellings of a norm hold the same values.
                 self._places.setdefault(name, place)
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._files: dict[str, BinaryIO] = {}
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -94,6 +96,16 @@ class CheckpointReader(Mapping[str, StoredTensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
+
+    def chunks(self, place: Place) -> Sequence[ChunkStorageMetadata]:
+        """Those that may hold something of a place: of hundreds of experts, not the other experts'."""
+        if place.index and place.key not in self._chunks:
+            of_key = self._chunks[place.key] = {}
+            for chunk in self._stored[place.key].chunks:
+                lead = [range(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True)][: len(place.index)]
+                for index in itertools.product(*lead):
+                    of_key.setdefault(index, []).append(chunk)
+        return self._chunks[place.key].get(place.index, ()) if place.index else self._stored[place.key].chunks
 
     def fill(self, result: torch.Tensor, wanted: Bounds, key: str, chunk: ChunkStorageMetadata) -> int:
         """Copy what `chunk` has of the wanted bounds into `result`; return how many values that is."""

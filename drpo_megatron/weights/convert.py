@@ -74,6 +74,9 @@ def run(parsed: argparse.Namespace) -> int:
     except VerificationError as error:
         print(f"drpo: {error}. {parsed.out} is left for a look: do not use it", file=sys.stderr)
         return EXIT_FAILED
+    except ChildProcessError as error:
+        print(f"drpo: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except (CheckpointError, FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"drpo: {error}", file=sys.stderr)
         return EXIT_REFUSED

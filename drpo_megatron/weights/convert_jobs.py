@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ _DATA_SUFFIX = ".distcp"
 def run_in_processes[T](processes: int, function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> list[T]:
     """`function(*job)` of every job, in the order of `jobs`. The first failure ends the rest and is raised.
 
-    Processes are spawned: `function` and jobs must pickle.
+    Processes are spawned: `function` and jobs must pickle. Raises ChildProcessError when one of them was killed.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
             return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that wrote files was killed, perhaps for memory: take fewer --processes"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -34,7 +34,7 @@ def describe(path: Path, *, checksums: bool = False) -> dict[str, Any]:
         return _checkpoint(path, checksums)
     if (path / "config.json").is_file():
         return _model(path)
-    if path.is_dir() and (found := [entry for entry in path.iterdir() if (entry / manifest.MANIFEST).is_file()]):
+    if path.is_dir() and (found := [entry for entry in path.iterdir() if _is_checkpoint(entry)]):
         held = [_checkpoint(entry, checksums) for entry in found]
         damaged = [one["damage"] for one in held if one["damage"]]
         return {
@@ -46,6 +46,11 @@ def describe(path: Path, *, checksums: bool = False) -> dict[str, Any]:
     raise FileNotFoundError(
         f"{path} is no checkpoint ({manifest.MANIFEST}), holds none, and is no Hugging Face directory (config.json)"
     )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """A name that points to another checkpoint is not one of its own."""
+    return (path / manifest.MANIFEST).is_file() and not path.is_symlink()
 
 
 def _checkpoint(path: Path, checksums: bool) -> dict[str, Any]:
