@@ -93,7 +93,7 @@ def places(name: str, hf: HFModelConfig) -> list[tuple[Place, tuple[int, ...]]]:
 
 
 def extra_states(hf: HFModelConfig) -> Iterator[str]:
-    """Keys of the objects that linear layers, norms and attention ask for beside their weights.
+    """Keys of the objects that linear layers and norms ask for beside their weights.
 
     Megatron-Core's layers keep nothing in them, Transformer Engine's the scales of FP8; a load fails without them.
     """
@@ -112,7 +112,7 @@ def extra_states(hf: HFModelConfig) -> Iterator[str]:
 
 
 def _modules(hf: HFModelConfig, layer: int) -> list[str]:
-    attention = ["core_attention", "linear_proj", "q_layernorm", "k_layernorm"]
+    attention = ["linear_proj", "q_layernorm", "k_layernorm"]
     if hf.mla is None:
         attention.append("linear_qkv")
     else:

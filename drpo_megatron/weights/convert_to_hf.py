@@ -101,9 +101,13 @@ class Source:
             raise CheckpointError(f"{reader.state} has no {EMBEDDING}: it holds no weights of a {hf.model_type}")
         table = weight_table(hf, reader[EMBEDDING].shape[0])
         source = cls(reader, hf, table)
-        missing = sorted(table.hf_names() - {hf_name for _, rule in source.rules() for hf_name in rule.hf_names})
-        if missing:
-            raise CheckpointError(f"{reader.state} lacks the parameters of {listed(missing)}")
+        held = {hf_name for _, rule in source.rules() for hf_name in rule.hf_names}
+        for names, what in (
+            (table.hf_names() - held, "lacks the parameters of"),
+            (held - table.hf_names(), "holds what is not in hf/config.json:"),
+        ):
+            if names:
+                raise CheckpointError(f"{reader.state} {what} {listed(sorted(names))}")
         return source
 
     def rules(self) -> list[tuple[str, WeightRule]]:
@@ -124,7 +128,10 @@ def _order(name: str) -> tuple[int, int]:
 
 
 def plan_export(source: Source, dtype: ExportDtype | None, max_shard_bytes: int) -> Plan:
-    """Divide the parameters into shards of at most `max_shard_bytes`, or one parameter that alone is larger."""
+    """Divide the parameters into shards of at most `max_shard_bytes`, or one parameter that alone is larger.
+
+    Raises CheckpointError for a parameter whose shape does not fit the model.
+    """
     shards: list[list[Exported]] = []
     filled = 0
     for name, rule in source.rules():
@@ -132,7 +139,12 @@ def plan_export(source: Source, dtype: ExportDtype | None, max_shard_bytes: int)
         keeps = isinstance(rule, Replicated) and rule.keep_dtype
         cast = None if dtype is None or keeps else EXPORT_DTYPES[dtype]
         quantized = dtype == "fp8" and fp8.is_quantized(name, rule, stored.shape)
-        made = rule.to_hf([torch.empty(stored.shape, dtype=cast or stored.dtype, device="meta")])
+        try:
+            made = rule.to_hf([torch.empty(stored.shape, dtype=cast or stored.dtype, device="meta")])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{source.reader.state}: {name} has shape {stored.shape}, which does not fit hf/config.json ({error})"
+            ) from error
         shapes: Shapes = {}
         for hf_name, tensor in made.items():
             shapes[hf_name] = (tuple(tensor.shape), fp8.FP8 if quantized else tensor.dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from drpo_megatron.checkpoint import manifest
 from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.checkpoint.reader import CheckpointReader
 from drpo_megatron.weights import convert_verify, fp8
+from drpo_megatron.weights.convert_jobs import run_in_processes
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from drpo_megatron.weights.convert_verify import VerificationError, verify_export, verify_import
@@ -127,6 +130,15 @@ def test_several_processes_write_the_same_files(models: Path, tmp_path: Path) ->
             assert one.read_bytes() == (tmp_path / "2" / one.relative_to(tmp_path / "1")).read_bytes(), one
 
 
+def _end_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_writer_is_reported() -> None:
+    with pytest.raises(ChildProcessError, match="fewer --processes"):
+        run_in_processes(1, _end_itself, [()])
+
+
 def test_cast_keeps_the_routers_bias(models: Path, tmp_path: Path) -> None:
     checkpoint_to_hf(models / "deepseek_v3-checkpoint", tmp_path / "out", dtype="bf16", max_shard_bytes=LARGE)
     source = tensors_of(models / "deepseek_v3")
@@ -175,13 +187,23 @@ def test_a_wrong_manifest_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         checkpoint_to_hf(checkpoint, tmp_path / "out", max_shard_bytes=LARGE)
 
 
-def test_a_state_of_another_model_is_refused(models: Path, checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "hf" / "config.json").read_text())
-    (checkpoint / "hf" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 5}, r"lacks .* model\.layers\.4\.input_layernorm"),
+        ({"num_hidden_layers": 3}, r"not in hf/config\.json: model\.layers\.3"),
+        ({"head_dim": 20}, r"linear_qkv\.weight has shape \(192, 64\)"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(
+    checkpoint: Path, tmp_path: Path, change: dict[str, int], said: str
+) -> None:
+    path = checkpoint / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     held = manifest.read(checkpoint)
-    held.files["hf/config.json"] = manifest.checksum(checkpoint / "hf" / "config.json")
+    held.files["hf/config.json"] = manifest.checksum(path)
     manifest.write(checkpoint, held)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.input_layernorm"):
+    with pytest.raises(CheckpointError, match=said):
         checkpoint_to_hf(checkpoint, tmp_path / "out", max_shard_bytes=LARGE)
 
 
