@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _convert(parsed: argparse.Namespace) -> int:
     from drpo_megatron.weights import convert_verify, fp8
-    from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
+    from drpo_megatron.weights.convert_to_checkpoint import Model, hf_to_checkpoint
     from drpo_megatron.weights.convert_to_hf import Source, checkpoint_to_hf, within_a_block
     from drpo_megatron.weights.hf_io import listed
 
@@ -112,6 +112,8 @@ def _convert(parsed: argparse.Namespace) -> int:
     stored = hf_to_checkpoint(parsed.source, parsed.out, max_shard_bytes=max_shard_bytes, processes=parsed.processes)
     files = len(list((parsed.out / "state").glob("*.distcp")))
     _print_written(parsed.out, len(stored), sum(one.nbytes for one in stored), files, start)
+    if names := Model.open(parsed.source).left_out():
+        print(f"note: the policy has no place for {listed(names)}: they are not in the checkpoint")
     if parsed.verify:
         print(convert_verify.verify_import(parsed.source, parsed.out))
     return 0

@@ -81,6 +81,10 @@ class Model:
         check_names(hf_dir, set(reader), table, hf.tied_embeddings)
         return cls(reader, hf, table)
 
+    def left_out(self) -> list[str]:
+        """Tensors that a checkpoint does not take: multi-token prediction, a tied output projection stored again."""
+        return sorted(set(self.reader) - self.table.hf_names())
+
     def parameters(self) -> dict[str, WeightRule]:
         """By name, without the names that other layer specs give the same parameter."""
         named = dict(self.table.edges)

@@ -359,6 +359,17 @@ def test_bad_arguments(arguments: list[str]) -> None:
     assert exit_info.value.code == 2
 
 
+def test_what_is_left_out_is_said(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(shutil.copytree(models / "llama-tied", tmp_path / "model"))
+    tensors = load_file(source / "model.safetensors")
+    again = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | again, source / "model.safetensors", metadata={"format": "pt"})
+    for path, said in ((source, True), (models / "llama-tied", False)):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["convert", str(path), str(tmp_path / f"out-{said}"), "--to", "checkpoint", "--processes", "1"])
+        assert exit_info.value.code == 0 and ("no place for lm_head.weight" in capsys.readouterr().out) == said
+
+
 def test_tools(models: Path, tmp_path: Path) -> None:
     """The scripts, as a user starts them: both directions, with verification."""
 
