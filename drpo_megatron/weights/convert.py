@@ -64,7 +64,7 @@ def _positive[T: (int, float)](kind: type[T]) -> type[T]:
 
 def run(parsed: argparse.Namespace) -> int:
     """Convert and print what was done. Returns the exit code: 2 for a refusal, after which nothing is left, and 1 for a
-    result that is not its source.
+    result that is not its source, a full disk or a killed process.
     """
     from drpo_megatron.checkpoint.manifest import CheckpointError
     from drpo_megatron.weights.convert_verify import VerificationError
@@ -74,12 +74,12 @@ def run(parsed: argparse.Namespace) -> int:
     except VerificationError as error:
         print(f"drpo: {error}. {parsed.out} is left for a look: do not use it", file=sys.stderr)
         return EXIT_FAILED
-    except ChildProcessError as error:
-        print(f"drpo: {error}", file=sys.stderr)
-        return EXIT_FAILED
     except (CheckpointError, FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"drpo: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except OSError as error:
+        print(f"drpo: {error}; nothing is left of {parsed.out}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _convert(parsed: argparse.Namespace) -> int:
