@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +19,9 @@ from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.checkpoint.reader import CheckpointReader
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.weights import fp8
-from drpo_megatron.weights.convert_jobs import check_small_files, checked_beside, run_in_processes
+from drpo_megatron.weights.convert_jobs import check_small_files, checked_beside, keep_freed_memory, run_in_processes
 from drpo_megatron.weights.families import WeightTable, weight_table
-from drpo_megatron.weights.hf_io import ModelDirectory, ShardFile, listed
+from drpo_megatron.weights.hf_io import ModelDirectory, ShardFile, listed, sync_file
 from drpo_megatron.weights.map import FusedQKV, GatedMLP, Replicated, WeightRule
 
 ExportDtype = Literal["bf16", "fp32", "fp8"]
@@ -198,7 +199,9 @@ def _write_shard(source: Source, shard: Sequence[Exported], path: Path) -> None:
 def _write_shard_of(checkpoint: Path, shard: Sequence[Exported], path: Path) -> None:
     """`_write_shard` in a process of its own, which reads the metadata once."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     _write_shard(_source(checkpoint), shard, path)
+    sync_file(path)
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,8 +234,15 @@ def checkpoint_to_hf(
         jobs = [(shard, directory.part(i)) for i, shard in enumerate(plan.shards)]
         with checked_beside(checkpoint, written, processes):
             if min(processes, len(jobs)) == 1:
-                for job in jobs:
-                    _write_shard(source, *job)
+                keep_freed_memory()
+                # The disk takes a shard while the next one is made.
+                with ThreadPoolExecutor(1) as disk:
+                    synced = []
+                    for shard, path in jobs:
+                        _write_shard(source, shard, path)
+                        synced.append(disk.submit(sync_file, path))
+                    for done in synced:
+                        done.result()
             else:
                 run_in_processes(processes, _write_shard_of, [(checkpoint, *job) for job in jobs])
         quantization = fp8.quantization_config(plan.kept) if dtype == "fp8" else None

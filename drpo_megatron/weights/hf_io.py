@@ -255,7 +255,7 @@ class SafetensorsWriter:
 class ShardFile:
     """A safetensors file whose tensors are known by shape beforehand and come in any order.
 
-    Nothing is held in memory. On disk when the `with` block ends.
+    Nothing is held in memory. The file is complete when the `with` block ends, and on disk after `sync_file`.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -293,6 +293,10 @@ class ShardFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if error is None:
-                assert not self._missing, f"not written: {self._missing}"
-                os.fsync(self._file.fileno())
+            assert error is not None or not self._missing, f"not written: {self._missing}"
+
+
+def sync_file(path: Path) -> None:
+    """Returns when the file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
