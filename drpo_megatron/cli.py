@@ -17,6 +17,7 @@ from drpo_megatron.config import (
     notes,
     setting_reference,
 )
+from drpo_megatron.weights.convert import add_arguments
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -69,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", _plot, "Draw the metrics of one or more runs into a PNG.")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     plot.add_argument("--out", type=Path, required=True, metavar="PNG")
+
+    convert = command("convert", _convert, "Convert between checkpoints and Hugging Face directories, on the CPU.")
+    add_arguments(convert)
+
+    inspect = command("inspect", _inspect, "Say what a checkpoint, a checkpoints directory or a model directory holds.")
+    inspect.add_argument("path", type=Path, metavar="PATH")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument("--checksums", action="store_true", help="read all files and compare their checksums")
 
     bench = command("bench", _bench, "Measure.")
     bench.add_argument("name", choices=BENCHES)
@@ -142,6 +151,27 @@ def _plot(parsed: argparse.Namespace) -> int:
         print(f"drpo: {error}", file=sys.stderr)
         return EXIT_REFUSED
     return 0
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from drpo_megatron.weights.convert import run
+
+    return run(parsed)
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    import json
+
+    from drpo_megatron.checkpoint.manifest import CheckpointError
+    from drpo_megatron.weights.describe import as_text, describe
+
+    try:
+        described = describe(parsed.path, checksums=parsed.checksums)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"drpo: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    print(json.dumps(described, indent=1) if parsed.json else as_text(described))
+    return EXIT_FAILED if described.get("damage") else 0
 
 
 def _bench(parsed: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ TITLES = {
     "prefix": "What shared prefixes save",
     "sync": "A weight sync over a bare broadcast",
     "checkpoint": "How long a checkpoint holds up training",
+    "convert": "A conversion over a bare write of the same bytes",
     "step": "Where the time of a step goes",
 }
 LABELS = {

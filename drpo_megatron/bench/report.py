@@ -14,7 +14,7 @@ from typing import Any
 
 from drpo_megatron.platform.versions import versions
 
-BENCHES = ("step", "loss", "prefix", "sync", "checkpoint")
+BENCHES = ("step", "loss", "prefix", "sync", "checkpoint", "convert")
 
 
 @dataclass(frozen=True)

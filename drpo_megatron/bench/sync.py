@@ -12,7 +12,6 @@ step changes.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drpo_megatron.bench.report import Figure
+from drpo_megatron.bench.resident import peak, reset_peak
 
 if TYPE_CHECKING:
     import torch
@@ -107,11 +107,11 @@ def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> di
             receiver.broadcast(tensors, bucket_bytes)
             samples["bare"].append(time.perf_counter() - start)
             for name, way in ways.items():
-                before = _reset_peak()
+                before = reset_peak()
                 start = time.perf_counter()
                 report = way.push(tensors, 1)
                 samples[name].append(time.perf_counter() - start)
-                samples[f"{name}_peak"].append((_peak() - before) / max(sizes))
+                samples[f"{name}_peak"].append((peak() - before) / max(sizes))
                 if name == "distributed":
                     samples["bytes"].append(report.bytes / whole)
         for way in ways.values():
@@ -233,23 +233,6 @@ def _receive(store: Path, sizes: list[int], rounds: int) -> None:
             dist.broadcast(flat, src=0)
         dist.barrier()
     dist.destroy_process_group()
-
-
-def _reset_peak() -> int:
-    """Resident bytes of this process now, from which its peak is counted again (Linux, glibc)."""
-    # Memory that was freed and kept by the allocator would take in a push without growth.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

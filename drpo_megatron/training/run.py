@@ -216,8 +216,9 @@ class Run:
         raise StopRequested(f"stopped as it was told to, after {steps_done} steps; {holds}")
 
     def _export(self, out: Path) -> None:
+        """A run that goes on from a checkpoint may do a step again that has been exported."""
         self.placement.for_training()
-        save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path)
+        save_hf(self.policy.modules, self.policy.hf, out, self.config.model.path, replace=True)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and write the trained model as a Hugging Face directory beside the run's

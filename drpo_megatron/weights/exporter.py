@@ -173,14 +173,15 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    replace: bool = False,
 ) -> None:
     """Write the model as a Hugging Face directory. Collective over all ranks; it returns when `out_dir` is complete.
 
     Configuration, tokenizer, chat template and generation config come from `source_dir`, with the dtype in config.json
     set to the one written (`dtype`, or the parameters'). Global rank 0 holds one shard file in memory. Raises
-    FileExistsError when `out_dir` exists.
+    FileExistsError when `out_dir` exists, unless it is to be replaced.
     """
-    writer = SafetensorsWriter(out_dir, source_dir, max_shard_bytes) if dist.get_rank() == 0 else None
+    writer = SafetensorsWriter(out_dir, source_dir, max_shard_bytes, replace=replace) if dist.get_rank() == 0 else None
     try:
         for bucket in iter_hf_tensors(model_chunks, hf, dtype=dtype):
             if writer is not None:

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from drpo_megatron.models.builder import unwrap
 from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
 from drpo_megatron.platform.distributed import control_group
-from drpo_megatron.weights.families import WeightTable, expert_of, global_name, weight_table
-from drpo_megatron.weights.hf_io import SafetensorsReader
+from drpo_megatron.weights.families import expert_of, global_name, weight_table
+from drpo_megatron.weights.hf_io import SafetensorsReader, check_names, listed
 
 
 def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,26 +31,6 @@ def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[
         biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
         for name, tensor in itertools.chain(model.named_parameters(), biases):
             yield global_name(name, first_layer, first_expert), tensor
-
-
-def check_names(hf_dir: Path, present: set[str], table: WeightTable, tied: bool) -> None:
-    """Raise ValueError listing tensors that the model lacks or that the weight map does not know."""
-    # A tied model may come with its output projection stored again; old Llama files hold the rotary frequencies.
-    ignorable = {name for name in present if name.endswith(".rotary_emb.inv_freq") or table.is_mtp(name)}
-    if tied:
-        ignorable.add("lm_head.weight")
-    expected = table.hf_names()
-    missing = sorted(expected - present)
-    unknown = sorted(present - expected - ignorable)
-    if missing or unknown:
-        raise ValueError(
-            f"{hf_dir} does not match its config.json: missing tensors {_listed(missing)}; "
-            f"tensors without a place in the model {_listed(unknown)}"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @torch.no_grad()
@@ -83,4 +63,4 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path, hf: HFM
     dist.all_gather_object(everywhere, consumed, group=control_group())
     unused = sorted(table.hf_names() - set().union(*everywhere))
     if unused:
-        raise ValueError(f"{reader.path}: no parameter of the built model takes {_listed(unused)}")
+        raise ValueError(f"{reader.path}: no parameter of the built model takes {listed(unused)}")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from drpo_megatron.bench import loss, prefix, sync
+from drpo_megatron.bench import convert, loss, prefix, sync
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -53,6 +53,18 @@ def test_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     # A step of 1e-6 rounds away in all but about one in a hundred weights of 16 bits.
     assert 0.001 < figures["delta_bytes_share"].value < 0.03
     assert 0 < figures["delta_time_ratio"].value < 2
+
+
+def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "REPETITIONS", 2)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 20 * 1000**2)
+    small = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    monkeypatch.setattr(convert, "MODEL", convert.MODEL | small | {"num_attention_heads": 8})
+    figures = convert.measure()
+    assert {name for name, figure in figures.items() if figure.must} == {"ratio_to_raw_write", "peak_shards"}
+    # A parameter and what it becomes are in memory: less would mean that memory is not counted.
+    assert 0.1 < figures["peak_shards"].value < 2
+    assert all(figures[name].value > 0 for name in figures if name.endswith(("write", "ratio")))
 
 
 @pytest.fixture

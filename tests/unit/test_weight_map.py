@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.models.recipes import ensure_model
 from drpo_megatron.weights.families import FAMILIES, expert_of, global_name, weight_table
-from drpo_megatron.weights.hf_io import SafetensorsReader, SafetensorsWriter
-from drpo_megatron.weights.importer import check_names
+from drpo_megatron.weights.hf_io import SafetensorsReader, SafetensorsWriter, check_names
 from drpo_megatron.weights.map import (
     ColumnSharded,
     FusedQKV,
