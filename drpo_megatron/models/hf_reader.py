@@ -1,0 +1,152 @@
+"""Reads `config.json` so that no key passes unnoticed: each is read, known to be without effect, or refused by name.
+
+No torch, no Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_OTHER_TASKS = "belongs to tasks other than language modelling"
+_OUTPUTS = "says what transformers returns, not what it computes"
+_LOSSES = "belongs to a loss: the run's configuration says what is trained on"
+
+IGNORED: dict[str, str] = {
+    "model_type": "names the family, which is chosen before the keys are read",
+    "architectures": "model_type says what is built",
+    "auto_map": "code that comes with a model is never run",
+    "transformers_version": "says which version wrote the file",
+    "transformers.js_config": "settings of another library",
+    "_name_or_path": "says where the file came from",
+    "_attn_implementation": "names a kernel of transformers",
+    "dtype": "the run's model.dtype decides",
+    "torch_dtype": "the run's model.dtype decides",
+    "initializer_range": "weights are loaded, not drawn",
+    "use_cache": "training keeps no key-value cache",
+    "bos_token_id": "prompts come from the tokenizer",
+    "pad_token_id": "packs are padded outside the sequences",
+    "return_dict": _OUTPUTS,
+    "output_attentions": _OUTPUTS,
+    "output_hidden_states": _OUTPUTS,
+    "output_router_logits": _OUTPUTS,
+    "router_aux_loss_coef": _LOSSES,
+    "id2label": _OTHER_TASKS,
+    "label2id": _OTHER_TASKS,
+    "problem_type": _OTHER_TASKS,
+    "chunk_size_feed_forward": "trades memory for time",
+}
+"""Keys of `config.json` without effect on the computation of any family, with the reason."""
+
+# Keys that one family's files omit and another's state: what transformers takes for them is the same in all.
+_DEFAULTS: dict[str, Any] = {
+    "eos_token_id": None,
+    "layer_types": None,
+    "partial_rotary_factor": None,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "rope_theta": None,
+    "tie_word_embeddings": False,
+}
+
+
+class ConfigReader:
+    """The parsed JSON. It remembers which keys were read; `finish` refuses the others.
+
+    A key that the file omits has its value in `defaults`. `path` is where a nested object lies.
+    """
+
+    def __init__(
+        self, raw: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None, path: str = ""
+    ) -> None:
+        self.raw, self.source, self.path = raw, source, path
+        self.defaults = (_DEFAULTS if defaults is None else _DEFAULTS | dict(defaults)) if not path else {}
+        self.family: Any = raw.get("model_type")
+        self._read: set[str] = set()
+
+    def value(self, *spellings: str) -> Any:
+        """The value of a key, which may have several spellings. Raises ValueError when the file has none of them and
+        no default is known, or has two that disagree."""
+        self._read.update(spellings)
+        present = [key for key in spellings if key in self.raw]
+        for key in present[1:]:
+            if self.raw[key] != self.raw[present[0]]:
+                raise ValueError(
+                    f"{self.source}: {self._name(present[0])} = {self.raw[present[0]]!r} and {self._name(key)} = "
+                    f"{self.raw[key]!r} say two different things; remove the one that is wrong"
+                )
+        if present:
+            return self.raw[present[0]]
+        for key in spellings:
+            if key in self.defaults:
+                return self.defaults[key]
+        raise self._missing(spellings[0])
+
+    def integer(self, *spellings: str) -> int:
+        value = self._stated(*spellings)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refuse(spellings[0], value, "because it must be an integer")
+        return value
+
+    def number(self, *spellings: str) -> float:
+        value = self._stated(*spellings)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(spellings[0], value, "because it must be a number")
+        return float(value)
+
+    def flag(self, *spellings: str) -> bool:
+        value = self._stated(*spellings)
+        if not isinstance(value, bool):
+            raise self.refuse(spellings[0], value, "because it must be true or false")
+        return value
+
+    def optional_integer(self, *spellings: str) -> int | None:
+        return None if self.value(*spellings) is None else self.integer(*spellings)
+
+    def only(self, key: str, values: Sequence[Any]) -> None:
+        """Refuse a value other than `values`; a key that is absent and without default counts as one of them."""
+        self._read.add(key)
+        value = self.raw.get(key, self.defaults.get(key, values[0]))
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
+            raise self.refuse(key, value, f"only {' or '.join(repr(allowed) for allowed in values)} is")
+
+    def nested(self, key: str) -> Mapping[str, Any]:
+        """An object in the file; empty for null or absent."""
+        value = self.value(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refuse(key, value, "because it must be an object")
+        return value or {}
+
+    def refuse(self, key: str, value: Any, reason: str) -> ValueError:
+        of_family = f" for {self.family}" if self.family else ""
+        return ValueError(
+            f"{self.source}: {self._name(key)} = {value!r} is not supported{of_family}, {reason}; use another model"
+        )
+
+    def finish(self, ignored: Mapping[str, str]) -> None:
+        """Raise ValueError naming the keys that nothing read. Null, false, zero and empty values switch nothing on."""
+        unread = {
+            self._name(key): value
+            for key, value in self.raw.items()
+            if value and key not in self._read and key not in ignored
+        }
+        if unread:
+            listed = ", ".join(f"{key} = {value!r}" for key, value in unread.items())
+            raise ValueError(
+                f"{self.source}: no code reads {listed}, so the model could compute something else than is trained; "
+                "use another model, or, where the key has no effect on the computation, add it with the reason to "
+                "IGNORED in drpo_megatron/models/hf_reader.py"
+            )
+
+    def _stated(self, *spellings: str) -> Any:
+        value = self.value(*spellings)
+        if value is None:
+            raise self._missing(spellings[0])
+        return value
+
+    def _missing(self, key: str) -> ValueError:
+        who = f"a {self.family} configuration" if self.family else "the configuration"
+        return ValueError(f"{self.source}: {self._name(key)} is missing; {who} must state it")
+
+    def _name(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
