@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from drpo_megatron.models.families import FAMILIES
+from drpo_megatron.models.hf_rope import MLA_ROPE_TYPES, ROPE_TYPES
 from drpo_megatron.models.recipes import write_char_tokenizer
 
 # Neither a multiple of 2 nor of the rows a rank is padded to.
@@ -51,6 +52,12 @@ _YARN_ROPE = {
     "beta_slow": 1.0,
     "mscale": 0.7,
     "mscale_all_dim": 1.3,
+}
+
+
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    **ROPE_TYPES,
+    "yarn": (*MLA_ROPE_TYPES["yarn"], "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 
 
@@ -149,23 +156,30 @@ def random_changes(family: str, seed: int) -> dict[str, Any]:
         "vocab_size": VOCAB_SIZE + rng.randrange(40),
         "tie_word_embeddings": rng.choice([True, False]),
         "rms_norm_eps": 1e-6 if latent else rng.choice([1e-6, 1e-5, 1e-3]),
-        "rope_parameters": _random_rope(family, rng),
+        "rope_parameters": rope(rng.choice(list(FAMILIES[family].rope_types)), rng),
     }
     return changes if latent else changes | {"head_dim": rng.choice([8, 12, 24])}
 
 
-def _random_rope(family: str, rng: random.Random) -> dict[str, Any]:
-    kind = rng.choice(list(FAMILIES[family].rope_types))
-    pool = {
+def rope(kind: str, rng: random.Random | None = None) -> dict[str, Any]:
+    """`rope_parameters` of a type, random ones with `rng`. Original contexts are shorter than the tests' sequences."""
+    chosen = {"llama3": _LLAMA3_ROPE, "yarn": _YARN_ROPE}.get(kind, {"rope_theta": 500.0, "factor": 4.0})
+    keys = _ROPE_KEYS[kind]
+    chosen = {key: chosen[key] for key in (*keys, "rope_theta")} | {"rope_type": kind}
+    if rng is None:
+        return chosen
+    pool: dict[str, Any] = {
+        "rope_theta": round(10 ** rng.uniform(2, 6)),
         "factor": rng.choice([2.0, 4.0, 8.0]),
         "original_max_position_embeddings": rng.choice([32, 64]),
         "low_freq_factor": rng.choice([1.0, 2.0]),
         "high_freq_factor": rng.choice([3.0, 5.0]),
+        "beta_fast": rng.choice([8.0, 16.0]),
+        "beta_slow": rng.choice([1.0, 2.0]),
+        "mscale": round(rng.uniform(0.5, 1.5), 2),
+        "mscale_all_dim": round(rng.uniform(0.5, 1.5), 2),
     }
-    rope = {key: pool[key] for key in FAMILIES[family].rope_types[kind]}
-    if kind == "yarn" and rng.random() < 0.7:
-        rope |= {"beta_fast": 8.0, "mscale": round(rng.uniform(0.5, 1.5), 2), "mscale_all_dim": 1.2}
-    return rope | {"rope_type": kind, "rope_theta": round(10 ** rng.uniform(2, 6))}
+    return {key: pool.get(key, value) for key, value in chosen.items()}
 
 
 def write(

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 
 from drpo_megatron.models.attention import SDPACoreAttention
 from drpo_megatron.models.flex_attention import with_shared_prefixes
-from drpo_megatron.models.mla_attention import LocalMLASelfAttention
+from drpo_megatron.models.mla_attention import LocalMLASelfAttention, PlainQueryMLASelfAttention
 from drpo_megatron.models.routing import use_rollout_router
 
 SpecBackend = Literal["local", "transformer_engine"]
@@ -59,6 +59,8 @@ def block_spec(
         for layer in block.layer_specs:
             use_rollout_router(layer.submodules)
             attention = layer.submodules.self_attention.submodules
+            if config.multi_latent_attention and config.q_lora_rank is None:
+                layer.submodules.self_attention.module = PlainQueryMLASelfAttention
             attention.core_attention = with_shared_prefixes(attention.core_attention)
         return block
     dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
