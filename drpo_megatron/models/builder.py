@@ -47,13 +47,18 @@ class HiddenStateOutput(ColumnParallelLinear):
         return input_, None
 
 
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """√hidden_size as transformers multiplies by it: rounded to `dtype`, the parameters'."""
+    return torch.tensor(hidden_size**0.5, dtype=dtype).item()
+
+
 class ScaledEmbedding(LanguageModelEmbedding):
-    """An embedding times √hidden, as transformers multiplies: by the root rounded to the parameters' dtype."""
+    """An embedding times √hidden. The output projection that is tied to it is not scaled."""
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, tokentype_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.word_embeddings.weight.dtype).item()
+        scale = embedding_scale(self.config.hidden_size, self.word_embeddings.weight.dtype)
         return super().forward(input_ids, position_ids, tokentype_ids) * scale
 
 
