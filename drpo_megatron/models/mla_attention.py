@@ -41,7 +41,9 @@ class _NoQueryNormWithoutLatent(QKNormConfigResolver):
 
 
 class PlainQueryMLASelfAttention(MLASelfAttention):
-    """Megatron-Core's attention, whose queries are normalized in their latent only."""
+    """Megatron-Core's attention, whose queries are normalized in their latent only. With Transformer Engine's layers it
+    was built, and not run: no GPU.
+    """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> Any:
         return _NoQueryNormWithoutLatent(self.config, submodules).resolve()

@@ -171,6 +171,18 @@ def test_prediction_layers_are_left_out_and_nothing_else(tmp_path: Path) -> None
             check_names(tmp_path, names | {unknown}, table, tied=False)
 
 
+def test_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
+    """As transformers holds them in memory. No file has been seen with them."""
+    model = tiny_models.write("mixtral", tmp_path)
+    table = weight_table(HFModelConfig.load(tmp_path), 520)
+    held = {name for name, _ in model.named_parameters()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in held
+    with pytest.raises(
+        ValueError, match=r"missing tensors .*block_sparse_moe.* without a place .*mlp\.experts\.down_proj"
+    ):
+        check_names(tmp_path, held, table, tied=False)
+
+
 def test_names_that_may_be_ignored(tmp_path: Path) -> None:
     tiny_models.config("qwen2").save_pretrained(tmp_path)
     table = weight_table(HFModelConfig.load(tmp_path), 520)
