@@ -45,11 +45,12 @@ class TensorNames:
 class Family:
     """What is particular to the models of one `model_type`.
 
-    defaults: what transformers takes for a key that the file omits; a key without one must be stated. activations: by
-    the value of hidden_act; an absent one counts as the first. fixed: the values
-    that are supported, for keys that have others; they are added to `FIXED`. ignored: keys without effect on the
-    computation of this family, with the reason; they are added to `hf_reader.IGNORED`. The other keys are those that
-    `HFModelConfig.from_dict`, `moe` and `mla` read; what nobody reads is refused.
+    defaults: what transformers takes for a key that the file omits, added to `hf_reader.DEFAULTS`; a key without one
+    must be stated. fixed: the values that are supported, for keys that have others; they are added to `FIXED`. ignored:
+    keys without effect on the computation of this family, with the reason; they are added to `hf_reader.IGNORED`. The
+    other keys are those that `HFModelConfig.from_dict`, `moe` and `mla` read; what nobody reads is refused.
+
+    activations: by the value of hidden_act; an absent one counts as the first. rope_theta: where the file has none.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -80,16 +81,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def _qwen3_moe(reader: ConfigReader) -> MoEConfig:
-    step, dense = reader.integer("decoder_sparse_step"), set(reader.value("mlp_only_layers") or ())
-    if step < 1:
-        raise reader.refuse("decoder_sparse_step", step, "because every how many-th layer holds experts is at least 1")
-    num_layers = reader.integer("num_hidden_layers")
+    step, dense = reader.size("decoder_sparse_step"), set(reader.value("mlp_only_layers") or ())
+    num_layers = reader.size("num_hidden_layers")
     if not dense <= set(range(num_layers)):
         raise reader.refuse("mlp_only_layers", sorted(dense), f"because the model has {num_layers} layers")
     return MoEConfig(
-        num_experts=reader.integer("num_experts", "num_local_experts"),
-        top_k=reader.integer("num_experts_per_tok"),
-        ffn_hidden_size=reader.integer("moe_intermediate_size"),
+        num_experts=reader.size("num_experts", "num_local_experts"),
+        top_k=reader.size("num_experts_per_tok"),
+        ffn_hidden_size=reader.size("moe_intermediate_size"),
         layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
         normalize=reader.flag("norm_topk_prob"),
     )
@@ -97,10 +96,10 @@ def _qwen3_moe(reader: ConfigReader) -> MoEConfig:
 
 def _mixtral_moe(reader: ConfigReader) -> MoEConfig:
     return MoEConfig(
-        num_experts=reader.integer("num_local_experts", "num_experts"),
-        top_k=reader.integer("num_experts_per_tok"),
-        ffn_hidden_size=reader.integer("intermediate_size"),
-        layers=(True,) * reader.integer("num_hidden_layers"),
+        num_experts=reader.size("num_local_experts", "num_experts"),
+        top_k=reader.size("num_experts_per_tok"),
+        ffn_hidden_size=reader.size("intermediate_size"),
+        layers=(True,) * reader.size("num_hidden_layers"),
     )
 
 
@@ -110,8 +109,8 @@ def _deepseek_v3_moe(reader: ConfigReader) -> MoEConfig:
     if not reader.flag("norm_topk_prob"):
         raise reader.refuse("norm_topk_prob", False, "because Megatron-Core normalizes the weights of sigmoid scores")
     dense = reader.integer("first_k_dense_replace")
-    num_experts, top_k = reader.integer("n_routed_experts", "num_local_experts"), reader.integer("num_experts_per_tok")
-    num_groups, topk_groups = reader.integer("n_group"), reader.integer("topk_group")
+    num_experts, top_k = reader.size("n_routed_experts", "num_local_experts"), reader.size("num_experts_per_tok")
+    num_groups, topk_groups = reader.size("n_group"), reader.size("topk_group")
     if num_experts % num_groups:
         raise reader.refuse("n_group", num_groups, f"because {num_experts} experts do not divide over it")
     if not 1 <= topk_groups <= num_groups:
@@ -122,25 +121,25 @@ def _deepseek_v3_moe(reader: ConfigReader) -> MoEConfig:
         raise reader.refuse(
             "topk_group", topk_groups, f"because num_experts_per_tok = {top_k} must be two experts a group"
         )
-    width = reader.integer("moe_intermediate_size")
+    width = reader.size("moe_intermediate_size")
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
         ffn_hidden_size=width,
-        layers=tuple(layer >= dense for layer in range(reader.integer("num_hidden_layers"))),
+        layers=tuple(layer >= dense for layer in range(reader.size("num_hidden_layers"))),
         score_function="sigmoid",
         scaling_factor=reader.number("routed_scaling_factor"),
         expert_bias=True,
         num_groups=num_groups if grouped else None,
         topk_groups=topk_groups if grouped else None,
-        shared_ffn_hidden_size=width * (reader.optional_integer("n_shared_experts") or 0),
+        shared_ffn_hidden_size=width * reader.integer("n_shared_experts"),
     )
 
 
 def _deepseek_v3_mla(reader: ConfigReader) -> MLAConfig:
     reader.only("rope_interleave", (True, None))
-    num_heads = reader.integer("num_attention_heads")
-    kv_heads = reader.optional_integer("num_key_value_heads")
+    num_heads = reader.size("num_attention_heads")
+    kv_heads = reader.optional_size("num_key_value_heads")
     if kv_heads not in (None, num_heads):
         raise reader.refuse("num_key_value_heads", kv_heads, f"because all {num_heads} heads have keys of their own")
     if reader.number("rms_norm_eps") != 1e-6:
@@ -149,11 +148,11 @@ def _deepseek_v3_mla(reader: ConfigReader) -> MLAConfig:
             "rms_norm_eps", reader.value("rms_norm_eps"), "because the latents are normalized with 1e-06"
         )
     mla = MLAConfig(
-        q_lora_rank=reader.optional_integer("q_lora_rank"),
-        kv_lora_rank=reader.integer("kv_lora_rank"),
-        qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=reader.integer("qk_rope_head_dim"),
-        v_head_dim=reader.integer("v_head_dim"),
+        q_lora_rank=reader.optional_size("q_lora_rank"),
+        kv_lora_rank=reader.size("kv_lora_rank"),
+        qk_nope_head_dim=reader.size("qk_nope_head_dim"),
+        qk_rope_head_dim=reader.size("qk_rope_head_dim"),
+        v_head_dim=reader.size("v_head_dim"),
     )
     # transformers writes both, and takes the rotary embedding's width from the first.
     reader.only("head_dim", (mla.qk_rope_head_dim,))

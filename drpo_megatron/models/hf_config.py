@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.models.families import FAMILIES, FIXED, Activation, Family
-from drpo_megatron.models.hf_reader import IGNORED, ConfigReader
+from drpo_megatron.models.hf_reader import DEFAULTS, IGNORED, ConfigReader
 from drpo_megatron.models.hf_rope import rope_config
 from drpo_megatron.models.hf_sections import MLAConfig, MoEConfig, RopeConfig
 from drpo_megatron.platform.layout import ParallelLayout
@@ -75,27 +75,27 @@ class HFModelConfig:
                 f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
             )
         family = FAMILIES[model_type]
-        reader = ConfigReader(raw, source, family.defaults)
+        reader = ConfigReader(raw, source, model_type, DEFAULTS | dict(family.defaults))
         ignored = IGNORED | dict(family.ignored)
         for key, values in (FIXED | dict(family.fixed)).items():
             if key not in ignored:
                 reader.only(key, values)
         mla = family.mla(reader) if family.mla else None
-        num_heads = reader.integer("num_attention_heads")
-        hidden_size = reader.integer("hidden_size")
-        num_kv_heads = reader.optional_integer("num_key_value_heads") or num_heads
+        num_heads = reader.size("num_attention_heads")
+        hidden_size = reader.size("hidden_size")
+        num_kv_heads = reader.optional_size("num_key_value_heads") or num_heads
         if num_heads % num_kv_heads:
             raise reader.refuse("num_key_value_heads", num_kv_heads, f"because {num_heads} heads do not divide over it")
         hf = cls(
             model_type=model_type,
-            num_layers=reader.integer("num_hidden_layers"),
+            num_layers=reader.size("num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_hidden_size=reader.integer("intermediate_size"),
+            ffn_hidden_size=reader.size("intermediate_size"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=mla.qk_head_dim if mla else _head_dim(reader, hidden_size, num_heads),
-            vocab_size=reader.integer("vocab_size"),
-            max_position_embeddings=reader.integer("max_position_embeddings"),
+            vocab_size=reader.size("vocab_size"),
+            max_position_embeddings=reader.size("max_position_embeddings"),
             rms_norm_eps=reader.number("rms_norm_eps"),
             tied_embeddings=reader.flag("tie_word_embeddings"),
             qkv_bias=family.qkv_bias,
@@ -115,7 +115,7 @@ class HFModelConfig:
 
 
 def _head_dim(reader: ConfigReader, hidden_size: int, num_heads: int) -> int:
-    head_dim = reader.optional_integer("head_dim")
+    head_dim = reader.optional_size("head_dim")
     if head_dim is None and hidden_size % num_heads:
         raise reader.refuse("num_attention_heads", num_heads, f"because {hidden_size} columns do not divide over it")
     head_dim = hidden_size // num_heads if head_dim is None else head_dim
@@ -151,7 +151,9 @@ def _moe(reader: ConfigReader, family: Family) -> MoEConfig | None:
 
 def _prediction_layers(reader: ConfigReader, family: Family) -> int:
     key = "num_nextn_predict_layers"
-    return reader.optional_integer(key, "num_mtp_layers") or 0 if key in family.defaults else 0
+    if key not in family.defaults:
+        return 0
+    return 0 if reader.value(key, "num_mtp_layers") is None else reader.integer(key, "num_mtp_layers")
 
 
 def _refuse_windows(reader: ConfigReader, num_layers: int) -> None:

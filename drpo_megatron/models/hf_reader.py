@@ -38,8 +38,7 @@ IGNORED: dict[str, str] = {
 }
 """Keys of `config.json` without effect on the computation of any family, with the reason."""
 
-# Keys that one family's files omit and another's state: what transformers takes for them is the same in all.
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "eos_token_id": None,
     "layer_types": None,
     "partial_rotary_factor": None,
@@ -48,20 +47,20 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": None,
     "tie_word_embeddings": False,
 }
+"""What transformers takes for a key that the file omits, where it is the same for most families."""
 
 
 class ConfigReader:
     """The parsed JSON. It remembers which keys were read; `finish` refuses the others.
 
-    A key that the file omits has its value in `defaults`. `path` is where a nested object lies.
+    A key that the file omits has its value in `defaults`. `path` is where a nested object lies. `family` and `source`,
+    the file, are named in errors.
     """
 
     def __init__(
-        self, raw: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None, path: str = ""
+        self, raw: Mapping[str, Any], source: str, family: str, defaults: Mapping[str, Any], path: str = ""
     ) -> None:
-        self.raw, self.source, self.path = raw, source, path
-        self.defaults = (_DEFAULTS if defaults is None else _DEFAULTS | dict(defaults)) if not path else {}
-        self.family: Any = raw.get("model_type")
+        self.raw, self.source, self.family, self.defaults, self.path = raw, source, family, defaults, path
         self._read: set[str] = set()
 
     def value(self, *spellings: str) -> Any:
@@ -82,11 +81,14 @@ class ConfigReader:
                 return self.defaults[key]
         raise self._missing(spellings[0])
 
-    def integer(self, *spellings: str) -> int:
+    def integer(self, *spellings: str, least: int = 0) -> int:
         value = self._stated(*spellings)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(spellings[0], value, "because it must be an integer")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.refuse(spellings[0], value, f"because it must be an integer of at least {least}")
         return value
+
+    def size(self, *spellings: str) -> int:
+        return self.integer(*spellings, least=1)
 
     def number(self, *spellings: str) -> float:
         value = self._stated(*spellings)
@@ -100,8 +102,8 @@ class ConfigReader:
             raise self.refuse(spellings[0], value, "because it must be true or false")
         return value
 
-    def optional_integer(self, *spellings: str) -> int | None:
-        return None if self.value(*spellings) is None else self.integer(*spellings)
+    def optional_size(self, *spellings: str) -> int | None:
+        return None if self.value(*spellings) is None else self.size(*spellings)
 
     def only(self, key: str, values: Sequence[Any]) -> None:
         """Refuse a value other than `values`; a key that is absent and without default counts as one of them."""
@@ -118,9 +120,9 @@ class ConfigReader:
         return value or {}
 
     def refuse(self, key: str, value: Any, reason: str) -> ValueError:
-        of_family = f" for {self.family}" if self.family else ""
         return ValueError(
-            f"{self.source}: {self._name(key)} = {value!r} is not supported{of_family}, {reason}; use another model"
+            f"{self.source}: {self._name(key)} = {value!r} is not supported for {self.family}, {reason}; "
+            "use another model"
         )
 
     def finish(self, ignored: Mapping[str, str]) -> None:
@@ -145,8 +147,7 @@ class ConfigReader:
         return value
 
     def _missing(self, key: str) -> ValueError:
-        who = f"a {self.family} configuration" if self.family else "the configuration"
-        return ValueError(f"{self.source}: {self._name(key)} is missing; {who} must state it")
+        return ValueError(f"{self.source}: {self._name(key)} is missing; a {self.family} configuration must state it")
 
     def _name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key

@@ -32,10 +32,8 @@ def rope_config(reader: ConfigReader, types: RopeTypes, default_theta: float) ->
     nested = _merged(reader)
     theta = _one(reader, nested, "rope_theta", reader.value("rope_theta"))
     nested["rope_theta"] = default_theta if theta is None else theta
-    rope = ConfigReader(
-        nested, reader.source, path="rope_parameters" if reader.value("rope_parameters") else "rope_scaling"
-    )
-    rope.family = reader.family
+    path = "rope_parameters" if reader.value("rope_parameters") else "rope_scaling"
+    rope = ConfigReader(nested, reader.source, reader.family, {}, path)
     kind = rope.value("rope_type", "type") if {"rope_type", "type"} & nested.keys() else "default"
     if not isinstance(kind, str) or kind not in types:
         raise ValueError(

@@ -101,6 +101,8 @@ def test_inverse_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
         ({"num_attention_heads": 12}, "num_attention_heads = 12"),
         ({"head_dim": 15}, "head_dim = 15"),
         ({"hidden_size": "4096"}, "hidden_size = '4096'.*integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0.*at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1.*at least 1"),
         ({"rms_norm_eps": True}, "rms_norm_eps = True.*number"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'.*true or false"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'.*object"),
