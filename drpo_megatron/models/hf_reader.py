@@ -10,6 +10,8 @@ from typing import Any
 
 _OTHER_TASKS = "belongs to tasks other than language modelling"
 _OUTPUTS = "says what transformers returns, not what it computes"
+_SAMPLING = "belongs to sampling: the run's configuration says how"
+_TOKENS = "special tokens come from the tokenizer"
 _LOSSES = "belongs to a loss: the run's configuration says what is trained on"
 
 IGNORED: dict[str, str] = {
@@ -19,12 +21,21 @@ IGNORED: dict[str, str] = {
     "transformers_version": "says which version wrote the file",
     "transformers.js_config": "settings of another library",
     "_name_or_path": "says where the file came from",
+    "_model_name_or_path": "says where a converted GGUF came from",
     "_attn_implementation": "names a kernel of transformers",
     "dtype": "the run's model.dtype decides",
     "torch_dtype": "the run's model.dtype decides",
     "initializer_range": "weights are loaded, not drawn",
     "use_cache": "training keeps no key-value cache",
-    "bos_token_id": "prompts come from the tokenizer",
+    "tokenizer_class": "the tokenizer's own files say what it is",
+    "unsloth_fixed": "says which tool wrote the file",
+    "unsloth_version": "says which tool wrote the file",
+    "max_sequence_length": "max_position_embeddings says how long sequences may be",
+    "bos_token_id": _TOKENS,
+    "unk_token_id": _TOKENS,
+    "sep_token_id": _TOKENS,
+    "cls_token_id": _TOKENS,
+    "mask_token_id": _TOKENS,
     "pad_token_id": "packs are padded outside the sequences",
     "return_dict": _OUTPUTS,
     "output_attentions": _OUTPUTS,
@@ -35,6 +46,23 @@ IGNORED: dict[str, str] = {
     "label2id": _OTHER_TASKS,
     "problem_type": _OTHER_TASKS,
     "chunk_size_feed_forward": "trades memory for time",
+    **dict.fromkeys(
+        (
+            "do_sample",
+            "length_penalty",
+            "max_length",
+            "max_new_tokens",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "repetition_penalty",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+        ),
+        _SAMPLING,
+    ),
 }
 """Keys of `config.json` without effect on the computation of any family, with the reason."""
 
