@@ -6,6 +6,7 @@ answer is all it needs. The process that this is called in is good for nothing e
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+
+from drpo_megatron.models.hf_config import HFModelConfig
+from drpo_megatron.platform.layout import ParallelLayout
 
 HF_CONFIGS = Path(__file__).parent / "data" / "hf_configs"
 
@@ -55,6 +59,30 @@ def build(
     names: list[str], spec_backend: Literal["local", "transformer_engine"], te_path: str | None
 ) -> dict[str, Report]:
     """The report of each recipe of `configs/`. A function for `run_ranks`, in a process of its own."""
+    _prepare(spec_backend, te_path)
+    return {name: _build_one(name, spec_backend) for name in names}
+
+
+def build_tiny(
+    changes: dict[str, list[dict[str, Any]]],
+    layout: ParallelLayout,
+    spec_backend: Literal["local", "transformer_engine"],
+    te_path: str | None,
+) -> list[Report]:
+    """The same of tiny models: by family, changes of `tests.tiny_models.config`."""
+    _prepare(spec_backend, te_path)
+    from tests import tiny_models
+
+    reports = []
+    for family, all_changes in changes.items():
+        for one in all_changes:
+            reference = tiny_models.config(family, **one)
+            hf = HFModelConfig.from_dict(json.loads(reference.to_json_string(use_diff=False)))
+            reports.append(_compare(hf, layout, reference_tensors(reference), spec_backend))
+    return reports
+
+
+def _prepare(spec_backend: Literal["local", "transformer_engine"], te_path: str | None) -> None:
     if spec_backend == "transformer_engine":
         pretend_a_gpu()
         if te_path is not None:
@@ -62,24 +90,45 @@ def build(
     from drpo_megatron import platform
 
     platform.activate()
-    return {name: _build_one(name, spec_backend) for name in names}
 
 
 def _build_one(name: str, spec_backend: Literal["local", "transformer_engine"]) -> Report:
-    from megatron.core import parallel_state
+    from transformers import AutoConfig
 
     from drpo_megatron.config import load_config
+
+    config = load_config(HF_CONFIGS.parents[2] / "configs" / f"{name}.yaml")
+    return _compare(
+        HFModelConfig.load(HF_CONFIGS / name),
+        config.layout,
+        reference_tensors(AutoConfig.from_pretrained(HF_CONFIGS / name)),
+        spec_backend,
+        dtype=getattr(torch, config.model.dtype),
+        recompute=config.model.recompute,
+        distributed_optimizer=config.optimizer.distributed,
+    )
+
+
+def _compare(
+    hf: HFModelConfig,
+    layout: ParallelLayout,
+    reference: Mapping[str, torch.Tensor],
+    spec_backend: Literal["local", "transformer_engine"],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    recompute: Literal["none", "selective", "full"] = "none",
+    distributed_optimizer: bool = True,
+) -> Report:
+    from megatron.core import parallel_state
+
     from drpo_megatron.models.builder import build_model
-    from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
+    from drpo_megatron.models.hf_config import padded_vocab_size
     from drpo_megatron.models.memory import is_expert, model_state_memory
     from drpo_megatron.models.meta import META, distinct_ranks, rank_on_meta
     from drpo_megatron.weights.families import expert_of, weight_table
     from drpo_megatron.weights.importer import local_parameters
 
-    config = load_config(HF_CONFIGS.parents[2] / "configs" / f"{name}.yaml")
-    layout, hf = config.layout, HFModelConfig.load(HF_CONFIGS / name)
     table = weight_table(hf, padded_vocab_size(hf.vocab_size, layout.tensor))
-    reference = reference_tensors(name)
     report = Report(reference_elements=sum(tensor.numel() for tensor in reference.values()))
     seen: set[str] = set()
     for rank in distinct_ranks(layout):
@@ -87,14 +136,14 @@ def _build_one(name: str, spec_backend: Literal["local", "transformer_engine"]) 
             chunks = build_model(
                 hf,
                 layout,
-                params_dtype=getattr(torch, config.model.dtype),
-                recompute=config.model.recompute,
+                params_dtype=dtype,
+                recompute=recompute,
                 spec_backend=spec_backend,
                 device=META,
             )
             stage = parallel_state.get_pipeline_model_parallel_rank()
             first_of_stage = parallel_state.get_expert_model_parallel_rank() == 0
-            state_bytes = model_state_memory(chunks, layout, distributed_optimizer=config.optimizer.distributed).total
+            state_bytes = model_state_memory(chunks, layout, distributed_optimizer=distributed_optimizer).total
             if first_of_stage:
                 assert stage == len(report.layers)
                 report.layers.append(sum(len(chunk.decoder.layers) for chunk in chunks))
@@ -112,24 +161,29 @@ def _build_one(name: str, spec_backend: Literal["local", "transformer_engine"]) 
                 for tp_rank in (0, size - 1):
                     shape = rule.from_hf(reference, tp_rank, size).shape
                     assert shape == parameter.shape, f"{parameter_name}: built {parameter.shape}, imported {shape}"
+                report.parameters.add(parameter_name)
+                if not rule.exported:
+                    continue
                 for hf_name, tensor in rule.to_hf([parameter.detach()] * size).items():
                     assert hf_name not in seen, f"{hf_name} is exported twice, the second time by {parameter_name}"
                     assert tensor.shape == reference[hf_name].shape, f"{hf_name}: {tensor.shape} from {parameter_name}"
                     seen.add(hf_name)
                     report.elements += tensor.numel()
-                report.parameters.add(parameter_name)
     assert seen == set(reference), f"tensors that no rank holds: {sorted(set(reference) - seen)[:8]}"
     assert table.hf_names() == seen
     report.names = len(seen)
     return report
 
 
-def reference_tensors(name: str) -> Mapping[str, torch.Tensor]:
-    """transformers' model on the meta device, as the tensors that `save_pretrained` would write."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def reference_tensors(config: Any) -> Mapping[str, torch.Tensor]:
+    """transformers' model of a configuration on the meta device, as the tensors that `save_pretrained` would write."""
+    from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(HF_CONFIGS / name))
+        model = AutoModelForCausalLM.from_config(config)
     # In memory transformers stacks the experts of a layer; in files each expert has tensors of its own.
-    return revert_weight_conversion(model, model.state_dict())
+    tensors = model.state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return revert_weight_conversion(model, tensors)

@@ -152,6 +152,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from _model_layout(config, hf)
     yield from server_problems(config, hf)
     yield from _experts(config, hf)
+    yield from _served(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):
@@ -176,11 +177,26 @@ def _experts(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
             f"model.moe_bias_update_rate: is {model.moe_bias_update_rate} and the routers of {hf.model_type} have no "
             "bias; remove it, or set model.moe_aux_loss_coefficient"
         )
+
+
+def _served(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    """What SGLang's code for the family would compute differently."""
+    path = config.model.path
     if hf.moe is not None and hf.model_type == "qwen3_moe" and not all(hf.moe.layers):
         dense = [layer for layer, is_moe in enumerate(hf.moe.layers) if not is_moe]
         yield (
-            f"model.path: layers {dense} of {config.model.path} are dense, and SGLang serves Qwen3-MoE with experts in "
+            f"model.path: layers {dense} of {path} are dense, and SGLang serves Qwen3-MoE with experts in "
             "every layer only; use another model"
+        )
+    if hf.model_type in ("mixtral", "gemma") and hf.rope.type != "default":
+        yield (
+            f"model.path: the rope_type of {path} is {hf.rope.type}, and SGLang serves {hf.model_type} with default "
+            "only; use another model"
+        )
+    if hf.model_type == "mixtral" and hf.head_dim * hf.num_heads != hf.hidden_size:
+        yield (
+            f"model.path: the head_dim of {path} is {hf.head_dim}, and SGLang serves mixtral with hidden_size / "
+            f"num_attention_heads = {hf.hidden_size // hf.num_heads} only; use another model"
         )
 
 

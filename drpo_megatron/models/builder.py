@@ -6,12 +6,14 @@ The last stage returns hidden states, not logits: the projection to the vocabula
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -45,6 +47,29 @@ class HiddenStateOutput(ColumnParallelLinear):
         return input_, None
 
 
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """√hidden_size as transformers multiplies by it: rounded to `dtype`, the parameters'."""
+    return torch.tensor(hidden_size**0.5, dtype=dtype).item()
+
+
+class ScaledEmbedding(LanguageModelEmbedding):
+    """An embedding times √hidden. The output projection that is tied to it is not scaled."""
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, tokentype_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        scale = embedding_scale(self.config.hidden_size, self.word_embeddings.weight.dtype)
+        return super().forward(input_ids, position_ids, tokentype_ids) * scale
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh}
+
+
 def transformer_config(
     hf: HFModelConfig,
     layout: ParallelLayout,
@@ -73,7 +98,8 @@ def transformer_config(
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        layernorm_zero_centered_gamma=hf.zero_centered_norms,
+        activation_func=_ACTIVATIONS[hf.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -107,7 +133,7 @@ def transformer_config(
         # Megatron-Core's output layer refuses this fusion without apex's extension, also where it never multiplies.
         gradient_accumulation_fusion=accumulate_gradients and layers._grad_accum_fusion_available,
         # These fusions are Transformer Engine, apex or torch.compile kernels.
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and hf.activation == "silu",
         bias_dropout_fusion=fused,
         # Megatron-Core has no fused kernel for multi-latent attention without yarn.
         apply_rope_fusion=fused and (hf.mla is None or hf.rope.type == "yarn"),
@@ -230,6 +256,10 @@ def _build_chunk(
         # Multi-latent attention layers have their own.
         model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(device)
     rotate_by_position(model)
+    if hf.scaled_embeddings and model.pre_process:
+        if type(model.embedding) is not LanguageModelEmbedding:
+            raise TypeError(f"the embedding is a {type(model.embedding).__name__}, not a LanguageModelEmbedding")
+        model.embedding.__class__ = ScaledEmbedding
     if model.post_process:
         if type(model.output_layer) is not ColumnParallelLinear:
             raise TypeError(f"the output layer is a {type(model.output_layer).__name__}, not a ColumnParallelLinear")

@@ -10,31 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drpo_megatron.models.hf_sections import MLAConfig, MoEConfig, RawConfig, mla_config, moe_config
+from drpo_megatron.models.families import FAMILIES, FIXED, Activation, Family
+from drpo_megatron.models.hf_reader import DEFAULTS, IGNORED, ConfigReader
+from drpo_megatron.models.hf_rope import rope_config
+from drpo_megatron.models.hf_sections import MLAConfig, MoEConfig, RopeConfig
 from drpo_megatron.platform.layout import ParallelLayout
-
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. `type` is default, linear, llama3 or yarn; the other fields belong to the types that scale.
-
-    Multi-latent attention takes default and yarn, other attention default, linear and llama3. With yarn, cosine and
-    sine are multiplied by m(mscale) / m(mscale_all_dim) and attention scores by m(mscale_all_dim)², where
-    m(x) = 1 + 0.1 · x · ln(factor).
-    """
-
-    theta: float
-    type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +22,9 @@ class HFModelConfig:
     """A decoder. Sizes are of the whole model, before any parallelism; `vocab_size` is unpadded.
 
     `ffn_hidden_size` is the dense layers'. `head_dim` is the query's and key's; with `mla` the value has its own.
+    `zero_centered_norms`: norms scale by 1 + weight. `scaled_embeddings`: the first layer sees the embedding times
+    √hidden_size, the output projection does not.
+
     Behind the last layer the files may hold `num_mtp_layers` layers of multi-token prediction, which are not read.
     """
 
@@ -60,6 +43,9 @@ class HFModelConfig:
     qk_norm: bool
     rope: RopeConfig
     eos_token_ids: tuple[int, ...] = ()
+    activation: Activation = "silu"
+    zero_centered_norms: bool = False
+    scaled_embeddings: bool = False
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     num_mtp_layers: int = 0
@@ -84,110 +70,96 @@ class HFModelConfig:
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> HFModelConfig:
         """The same from the parsed JSON. `source` names the file in errors."""
         model_type = raw.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise ValueError(
-                f"{source}: model_type {model_type!r} is not supported; "
-                f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
             )
-        _refuse_unsupported(raw, model_type, source)
-
-        need = RawConfig(raw, source).need
-        mla = mla_config(raw, model_type, source)
-        num_heads = int(need("num_attention_heads"))
-        hidden_size = int(need("hidden_size"))
-        eos = raw.get("eos_token_id")
-        return cls(
+        family = FAMILIES[model_type]
+        reader = ConfigReader(raw, source, model_type, DEFAULTS | dict(family.defaults))
+        ignored = IGNORED | dict(family.ignored)
+        for key, values in (FIXED | dict(family.fixed)).items():
+            if key not in ignored:
+                reader.only(key, values)
+        mla = family.mla(reader) if family.mla else None
+        num_heads = reader.size("num_attention_heads")
+        hidden_size = reader.size("hidden_size")
+        num_kv_heads = reader.optional_size("num_key_value_heads") or num_heads
+        if num_heads % num_kv_heads:
+            raise reader.refuse("num_key_value_heads", num_kv_heads, f"because {num_heads} heads do not divide over it")
+        hf = cls(
             model_type=model_type,
-            num_layers=int(need("num_hidden_layers")),
+            num_layers=reader.size("num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_hidden_size=int(need("intermediate_size")),
+            ffn_hidden_size=reader.size("intermediate_size"),
             num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=mla.qk_head_dim if mla else _head_dim(raw, model_type, hidden_size, num_heads),
-            vocab_size=int(need("vocab_size")),
-            max_position_embeddings=int(need("max_position_embeddings")),
-            rms_norm_eps=float(need("rms_norm_eps")),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type in ("qwen3", "qwen3_moe"),
-            rope=_rope(raw, source, _MLA_ROPE if mla else _ROPE),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-            moe=moe_config(raw, model_type, source),
+            num_kv_heads=num_kv_heads,
+            head_dim=mla.qk_head_dim if mla else _head_dim(reader, hidden_size, num_heads),
+            vocab_size=reader.size("vocab_size"),
+            max_position_embeddings=reader.size("max_position_embeddings"),
+            rms_norm_eps=reader.number("rms_norm_eps"),
+            tied_embeddings=reader.flag("tie_word_embeddings"),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            rope=rope_config(reader, family.rope_types, family.rope_theta),
+            eos_token_ids=_token_ids(reader),
+            activation=_activation(reader, family),
+            zero_centered_norms=family.zero_centered_norms,
+            scaled_embeddings=family.scaled_embeddings,
+            moe=_moe(reader, family),
             mla=mla,
-            num_mtp_layers=int(raw.get("num_nextn_predict_layers") or 0),
+            num_mtp_layers=_prediction_layers(reader, family),
         )
+        _refuse_windows(reader, hf.num_layers)
+        reader.finish(ignored)
+        return hf
 
 
-def _head_dim(raw: dict[str, Any], model_type: str, hidden_size: int, num_heads: int) -> int:
-    if raw.get("head_dim") is not None:
-        return int(raw["head_dim"])
-    # transformers omits values that equal the class's default, and Qwen3's is not hidden_size / heads.
-    return 128 if model_type == "qwen3" else hidden_size // num_heads
+def _head_dim(reader: ConfigReader, hidden_size: int, num_heads: int) -> int:
+    head_dim = reader.optional_size("head_dim")
+    if head_dim is None and hidden_size % num_heads:
+        raise reader.refuse("num_attention_heads", num_heads, f"because {hidden_size} columns do not divide over it")
+    head_dim = hidden_size // num_heads if head_dim is None else head_dim
+    if head_dim % 2:
+        raise reader.refuse("head_dim", head_dim, "because rotary positions turn pairs of dimensions")
+    return head_dim
 
 
-def _refuse_unsupported(raw: dict[str, Any], model_type: str, source: str) -> None:
-    refused = {
-        "attention_bias": bool(raw.get("attention_bias")) and model_type != "qwen2",
-        "mlp_bias": bool(raw.get("mlp_bias")),
-        "quantization_config": raw.get("quantization_config") is not None,
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "attention_dropout": float(raw.get("attention_dropout") or 0) != 0,
-        "pretraining_tp": int(raw.get("pretraining_tp") or 1) != 1,
-        # Qwen writes a window size and switches it by use_sliding_window; layer_types says what is in force.
-        "sliding_window": bool(raw.get("use_sliding_window"))
-        or any(kind != "full_attention" for kind in raw.get("layer_types") or ())
-        or (model_type == "llama" and raw.get("sliding_window") is not None),
-    }
-    for key, is_refused in refused.items():
-        if is_refused:
-            raise ValueError(f"{source}: {key} = {raw.get(key)!r} is not supported for {model_type}; use another model")
+def _token_ids(reader: ConfigReader) -> tuple[int, ...]:
+    value = reader.value("eos_token_id")
+    return tuple(value) if isinstance(value, list) else () if value is None else (reader.integer("eos_token_id"),)
 
 
-# The keys that each rope type must have.
-_ROPE = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-_MLA_ROPE = {"default": (), "yarn": ("factor", "original_max_position_embeddings")}
-# Those that it may have beside them.
-_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+def _activation(reader: ConfigReader, family: Family) -> Activation:
+    reader.only("hidden_act", tuple(family.activations))
+    return family.activations[reader.raw.get("hidden_act", next(iter(family.activations)))]
 
 
-def _rope(raw: dict[str, Any], source: str, types: dict[str, tuple[str, ...]]) -> RopeConfig:
-    """transformers 5 writes one `rope_parameters`; earlier versions write `rope_theta` and `rope_scaling`."""
-    parameters = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if float(parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)) != 1.0:
-        raise ValueError(f"{source}: partial_rotary_factor is not supported; use another model")
-    if kind not in types:
+def _moe(reader: ConfigReader, family: Family) -> MoEConfig | None:
+    if family.moe is None:
+        return None
+    moe = family.moe(reader)
+    if not 1 <= moe.top_k <= moe.num_experts:
         raise ValueError(
-            f"{source}: rope_type {kind!r} is not supported for {raw['model_type']}; supported are {', '.join(types)}"
+            f"{reader.source}: num_experts_per_tok = {moe.top_k} of {moe.num_experts} experts is not possible"
         )
-    missing = [key for key in types[kind] if parameters.get(key) is None]
-    if missing:
-        raise ValueError(f"{source}: rope_type {kind!r} needs {', '.join(missing)}")
-    options = {key: parameters[key] for key in types[kind]}
-    if kind == "yarn":
-        _refuse_yarn(parameters, source)
-        options |= {key: parameters[key] for key in _YARN_OPTIONS if parameters.get(key)}
-    return RopeConfig(theta=float(theta), type=kind, **options)
+    if moe.normalize and moe.top_k == 1:
+        raise reader.refuse(
+            "num_experts_per_tok", 1, "because the one expert's normalized weight is 1 and its router has no gradient"
+        )
+    return moe
 
 
-def _refuse_yarn(parameters: dict[str, Any], source: str) -> None:
-    """What Megatron-Core's yarn computes differently from transformers'."""
-    refused = {
-        "attention_factor": parameters.get("attention_factor") is not None,
-        "truncate": not parameters.get("truncate", True),
-        # transformers leaves it out of cosine and sine then; Megatron-Core has no such case.
-        "mscale_all_dim": bool(parameters.get("mscale_all_dim")) and not parameters.get("mscale"),
-        # Without mscale_all_dim transformers ignores it.
-        "mscale": float(parameters.get("mscale") or 1) != 1 and not parameters.get("mscale_all_dim"),
-    }
-    for key, is_refused in refused.items():
-        if is_refused:
-            raise ValueError(f"{source}: rope_type 'yarn' with {key} = {parameters.get(key)!r} is not supported")
+def _prediction_layers(reader: ConfigReader, family: Family) -> int:
+    key = "num_nextn_predict_layers"
+    if key not in family.defaults:
+        return 0
+    return 0 if reader.value(key, "num_mtp_layers") is None else reader.integer(key, "num_mtp_layers")
+
+
+def _refuse_windows(reader: ConfigReader, num_layers: int) -> None:
+    kinds = reader.value("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * num_layers:
+        raise reader.refuse("layer_types", kinds, f"only full_attention, once for each of {num_layers} layers, is")
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:

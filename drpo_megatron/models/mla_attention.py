@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
@@ -28,7 +29,27 @@ class ReplicatedLinear(MegatronModule):
         return F.linear(x, self.weight), None
 
 
-class LocalMLASelfAttention(MLASelfAttention):
+class _NoQueryNormWithoutLatent(QKNormConfigResolver):
+    """Without a latent of the queries Megatron-Core asks for a norm inside their projection when the key-value latent
+    has one. The input is normalized already, and the files hold no such norm.
+    """
+
+    def _mla_fused_linear_or_default(self, module_spec: Any, module_name: str) -> Any:
+        if module_name == "linear_q_proj":
+            return module_spec
+        return super()._mla_fused_linear_or_default(module_spec, module_name)
+
+
+class PlainQueryMLASelfAttention(MLASelfAttention):
+    """Megatron-Core's attention, whose queries are normalized in their latent only. With Transformer Engine's layers it
+    was built, and not run: no GPU.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> Any:
+        return _NoQueryNormWithoutLatent(self.config, submodules).resolve()
+
+
+class LocalMLASelfAttention(PlainQueryMLASelfAttention):
     """Megatron-Core's attention with the down projections that Transformer Engine's spec has.
 
     The stock local spec splits the down projections over the tensor-parallel ranks and gathers their outputs. The

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 
 from drpo_megatron.models.attention import SDPACoreAttention
 from drpo_megatron.models.flex_attention import with_shared_prefixes
-from drpo_megatron.models.mla_attention import LocalMLASelfAttention
+from drpo_megatron.models.mla_attention import LocalMLASelfAttention, PlainQueryMLASelfAttention
 from drpo_megatron.models.routing import use_rollout_router
 
 SpecBackend = Literal["local", "transformer_engine"]
@@ -27,16 +27,21 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 by torch.
 
     Megatron-Core's torch norm refuses sequence parallelism; here the weight is marked as a parameter whose gradient is
-    partial on each rank, so that `finalize_model_grads` sums it over the tensor-parallel group.
+    partial on each rank, so that `finalize_model_grads` sums it over the tensor-parallel group. With zero-centred
+    gamma it scales by 1 + weight, a sum that is float32 too.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        initial = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(initial(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.zero_centered:
+            return F.rms_norm(x.float(), (x.size(-1),), 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
 
 
@@ -54,6 +59,8 @@ def block_spec(
         for layer in block.layer_specs:
             use_rollout_router(layer.submodules)
             attention = layer.submodules.self_attention.submodules
+            if config.multi_latent_attention and config.q_lora_rank is None:
+                layer.submodules.self_attention.module = PlainQueryMLASelfAttention
             attention.core_attention = with_shared_prefixes(attention.core_attention)
         return block
     dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)

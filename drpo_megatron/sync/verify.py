@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from drpo_megatron.models.families import FAMILIES
 from drpo_megatron.platform.sglang import feed_forward_multiple
 from drpo_megatron.rollout.errors import ServerError
 
@@ -29,7 +30,20 @@ _FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_
 }
 _FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
 _PROJECTION = re.compile(r"^(?P<prefix>.+\.)(?P<projection>\w+_proj)\.(?P<kind>weight|bias)$")
-_EXPERT = re.compile(r"^(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight$")
+# What families call the parts of an expert, by what Llama calls them.
+_EXPERT_PARTS = {
+    name: part
+    for names in (family.names for family in FAMILIES.values())
+    for name, part in (
+        (names.expert_gate, "gate_proj"),
+        (names.expert_up, "up_proj"),
+        (names.expert_down, "down_proj"),
+    )
+}
+_EXPERT = re.compile(
+    rf"^(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>{'|'.join(map(re.escape, _EXPERT_PARTS))})\.weight$"
+)
+_ZERO_CENTERED = {model_type for model_type, family in FAMILIES.items() if family.zero_centered_norms}
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -46,7 +60,8 @@ class SyncMismatch(ServerError):
 @dataclass(frozen=True)
 class ServerLayout:
     """What decides how the server lays out a model: its tensor-parallel size and dtype, the model's counts of heads and
-    experts, and the multiple to which the server pads the intermediate size of an MLP.
+    experts, the multiple to which the server pads the intermediate size of an MLP, and whether it adds 1 to the weights
+    of zero-centred norms when it loads them.
     """
 
     tensor_parallel: int
@@ -54,6 +69,7 @@ class ServerLayout:
     num_key_value_heads: int
     num_experts: int = 0
     feed_forward_multiple: int = 1
+    zero_centered_norms: bool = False
 
     @classmethod
     def from_config(cls, model_path: Path, tensor_parallel: int, dtype: torch.dtype) -> ServerLayout:
@@ -66,6 +82,7 @@ class ServerLayout:
             config.get("num_key_value_heads") or config["num_attention_heads"],
             next((count for count in experts if count), 0),
             feed_forward_multiple(tensor_parallel),
+            config.get("model_type") in _ZERO_CENTERED,
         )
 
 
@@ -86,6 +103,8 @@ class ExpectedChecksums:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take the full Hugging Face tensor `name`. Raises ValueError when the server's ranks cannot divide it."""
         tensor = tensor.detach().to(self._device, self._layout.dtype)
+        if self._layout.zero_centered_norms and name.endswith("norm.weight"):
+            tensor = tensor + 1
         parameter, position, count = self._place(name)
         parts = self._parts.setdefault(parameter, {})
         parts[position] = (name, tensor)
@@ -124,10 +143,10 @@ class ExpectedChecksums:
         if match := _EXPERT.match(name):
             if not self._layout.num_experts:
                 raise ValueError(f"{name} is an expert and the model's config.json has no expert count that is known")
-            expert, projection = int(match["expert"]), match["projection"]
-            if projection == "down":
+            expert, projection = int(match["expert"]), _EXPERT_PARTS[match["projection"]]
+            if projection == "down_proj":
                 return f"{match['prefix']}.w2_weight", expert, self._layout.num_experts
-            position = 2 * expert + (projection == "up")
+            position = 2 * expert + (projection == "up_proj")
             return f"{match['prefix']}.w13_weight", position, 2 * self._layout.num_experts
         if (match := _PROJECTION.match(name)) and match["projection"] in _FUSED:
             fused, position = _FUSED[match["projection"]]
@@ -141,6 +160,8 @@ class ExpectedChecksums:
             # the vocabulary is padded to the multiple, or to the multiple a rank where the ranks do not divide that
             padded = -(-whole.shape[0] // _VOCAB_PADDING) * _VOCAB_PADDING
             return _padded_shard(whole, 0, rank, ranks, _VOCAB_PADDING * (ranks if padded % ranks else 1))
+        if match := _EXPERT.match(name):
+            name = f"{match['prefix']}.{match['expert']}.{_EXPERT_PARTS[match['projection']]}.weight"
         match = _PROJECTION.match(name)
         if match is None:
             return whole

@@ -1,4 +1,7 @@
-"""The weight map: one table a model family, from Megatron-Core parameter names to rules about Hugging Face tensors."""
+"""The weight map: from Megatron-Core parameter names to rules about Hugging Face tensors, made from a family's names.
+
+`models.families` says what a family calls its tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from drpo_megatron.models.families import FAMILIES, TensorNames
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.weights.map import (
     ColumnSharded,
@@ -59,8 +63,9 @@ class WeightTable:
         return match is not None and 0 <= int(match[1]) - self.num_layers < self.num_mtp_layers
 
 
-def _decoder(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
-    """The names that started with Llama: families differ in the attention and in which layers have experts."""
+def weight_table(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
+    """The table of `hf`. `padded_vocab`: rows of the embedding over all tensor-parallel ranks."""
+    names = FAMILIES[hf.model_type].names
 
     def vocabulary(name: str, exported: bool = True) -> WeightRule:
         return VocabEmbedding(name, hf.vocab_size, padded_vocab, exported)
@@ -78,23 +83,24 @@ def _decoder(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
     @functools.cache
     def layer(number: int) -> dict[str, WeightRule]:
         prefix = f"model.layers.{number}"
-        attention_norm = Replicated(f"{prefix}.input_layernorm.weight")
-        mlp_norm = Replicated(f"{prefix}.post_attention_layernorm.weight")
+        attention = f"{prefix}.{names.attention}"
+        attention_norm = Replicated(f"{prefix}.{names.attention_norm}.weight")
+        mlp_norm = Replicated(f"{prefix}.{names.mlp_norm}.weight")
         rules: dict[str, WeightRule] = {
             "input_layernorm.weight": attention_norm,
             "pre_mlp_layernorm.weight": mlp_norm,
-            "self_attention.linear_proj.weight": RowSharded(f"{prefix}.self_attn.o_proj.weight"),
+            "self_attention.linear_proj.weight": RowSharded(f"{attention}.o_proj.weight"),
         }
         if hf.mla is None:
             rules["self_attention.linear_qkv.layer_norm_weight"] = attention_norm
-            rules |= _grouped_query_attention(hf, f"{prefix}.self_attn")
+            rules |= _grouped_query_attention(hf, attention)
         else:
-            rules |= _multi_latent_attention(hf, f"{prefix}.self_attn")
+            rules |= _multi_latent_attention(hf, attention)
         if hf.is_moe_layer(number):
-            rules |= _mixture_of_experts(hf, f"{prefix}.mlp")
+            rules |= _mixture_of_experts(hf, names, f"{prefix}.{names.moe}")
         else:
             rules["mlp.linear_fc1.layer_norm_weight"] = mlp_norm
-            rules |= _gated_mlp("mlp", f"{prefix}.mlp")
+            rules |= _gated_mlp("mlp", f"{prefix}.{names.mlp}", names.gate, names.up, names.down)
         return rules
 
     return WeightTable(edges, layer, hf.num_layers, hf.num_mtp_layers)
@@ -138,16 +144,18 @@ def _multi_latent_attention(hf: HFModelConfig, prefix: str) -> dict[str, WeightR
     }
 
 
-def _mixture_of_experts(hf: HFModelConfig, prefix: str) -> dict[str, WeightRule]:
+def _mixture_of_experts(hf: HFModelConfig, names: TensorNames, prefix: str) -> dict[str, WeightRule]:
     assert hf.moe is not None
-    rules: dict[str, WeightRule] = {"mlp.router.weight": Replicated(f"{prefix}.gate.weight")}
+    rules: dict[str, WeightRule] = {"mlp.router.weight": Replicated(f"{prefix}.{names.router}.weight")}
     if hf.moe.expert_bias:
         # float32 in the files of a bf16 model: the choice of experts hangs on its small differences.
-        rules["mlp.router.expert_bias"] = Replicated(f"{prefix}.gate.e_score_correction_bias", keep_dtype=True)
+        rules["mlp.router.expert_bias"] = Replicated(f"{prefix}.{names.router_bias}", keep_dtype=True)
     if hf.moe.shared_ffn_hidden_size:
-        rules |= _gated_mlp("mlp.shared_experts", f"{prefix}.shared_experts")
+        shared = f"{prefix}.{names.shared_experts}"
+        rules |= _gated_mlp("mlp.shared_experts", shared, names.gate, names.up, names.down)
+    parts = (names.expert_gate, names.expert_up, names.expert_down)
     for expert in range(hf.moe.num_experts):
-        one = _gated_mlp(f"mlp.experts.local_experts.{expert}", f"{prefix}.experts.{expert}")
+        one = _gated_mlp(f"mlp.experts.local_experts.{expert}", f"{prefix}.experts.{expert}", *parts)
         fc1, fc2 = one.values()
         rules |= one | {
             f"mlp.experts.linear_fc1.weight{expert}": fc1,
@@ -156,25 +164,11 @@ def _mixture_of_experts(hf: HFModelConfig, prefix: str) -> dict[str, WeightRule]
     return rules
 
 
-def _gated_mlp(name: str, prefix: str) -> dict[str, WeightRule]:
+def _gated_mlp(name: str, prefix: str, gate: str, up: str, down: str) -> dict[str, WeightRule]:
     return {
-        f"{name}.linear_fc1.weight": GatedMLP(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"),
-        f"{name}.linear_fc2.weight": RowSharded(f"{prefix}.down_proj.weight"),
+        f"{name}.linear_fc1.weight": GatedMLP(f"{prefix}.{gate}.weight", f"{prefix}.{up}.weight"),
+        f"{name}.linear_fc2.weight": RowSharded(f"{prefix}.{down}.weight"),
     }
-
-
-FAMILIES: dict[str, Callable[[HFModelConfig, int], WeightTable]] = {
-    "llama": _decoder,
-    "qwen2": _decoder,
-    "qwen3": _decoder,
-    "qwen3_moe": _decoder,
-    "deepseek_v3": _decoder,
-}
-
-
-def weight_table(hf: HFModelConfig, padded_vocab: int) -> WeightTable:
-    """The table of `hf.model_type`. `padded_vocab`: rows of the embedding over all tensor-parallel ranks."""
-    return FAMILIES[hf.model_type](hf, padded_vocab)
 
 
 def global_name(name: str, first_layer: int, first_expert: int = 0) -> str:

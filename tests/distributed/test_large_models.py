@@ -12,6 +12,7 @@ import torch
 
 from drpo_megatron.config import load_config
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.models.families import FAMILIES
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform.layout import ParallelLayout
 from tests import large_models, te_install, tiny_models
@@ -79,6 +80,19 @@ def test_transformer_engine_layers(name: str, transformer_engine: dict[str, larg
     if hf.moe is not None:
         experts = f"decoder.layers.{hf.num_layers - 1}.mlp.experts"
         assert f"{experts}.linear_fc2.weight{hf.moe.num_experts - 1}" in report.parameters
+
+
+def test_every_family_fits_transformer_engine_layers() -> None:
+    """Names and shapes of tiny models, latent attention with and without a latent of the queries."""
+    tiny = {family: [{}, {"q_lora_rank": None}] if known.mla else [{}] for family, known in FAMILIES.items()}
+    layout = ParallelLayout(tensor=2, sequence_parallel=True)
+    with te_install.directory() as path:
+        reports = run_ranks(1, large_models.build_tiny, tiny, layout, "transformer_engine", path)[0]
+    assert len(reports) > len(FAMILIES)
+    for report in reports:
+        assert report.elements == report.reference_elements > 10_000
+        assert "megatron.core.extensions.transformer_engine" in report.modules
+        assert "drpo_megatron.models.specs" not in report.modules
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -56,7 +56,7 @@ def cotangent(seed: int, hidden_size: int) -> torch.Tensor:
     return torch.randn(sum(LENGTHS), hidden_size, generator=torch.Generator().manual_seed(100 + seed))
 
 
-def _reference(model: Any) -> tuple[dict[int, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
+def transformers_results(model: Any) -> tuple[dict[int, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
     """transformers' logits and its gradients by Hugging Face name, both by the seed of the batch."""
     logits, gradients = {}, {}
     for seed in range(2 * MICRO_BATCHES):
@@ -71,7 +71,7 @@ def _reference(model: Any) -> tuple[dict[int, torch.Tensor], dict[int, dict[str,
     return logits, gradients
 
 
-def _gradients(chunks: list[Any], hf: Any, layout: ParallelLayout) -> dict[str, np.ndarray]:
+def hf_gradients(chunks: list[Any], hf: Any, layout: ParallelLayout) -> dict[str, np.ndarray]:
     """The gradients of all ranks' batches by Hugging Face name, on rank 0. Overwrites the weights with them."""
     from megatron.core import parallel_state as ps
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -136,7 +136,7 @@ def _check_family(root: Path, family: str, key: str, layout: ParallelLayout) -> 
     buckets = list(iter_hf_tensors(chunks, hf, dtype=torch.bfloat16, bucket_bytes=20_000))
     answer["buckets"] = len(buckets)
     answer["stream"] = [(name, str(tensor.dtype), tuple(tensor.shape)) for bucket in buckets for name, tensor in bucket]
-    answer["gradients"] = _gradients(chunks, hf, layout)
+    answer["gradients"] = hf_gradients(chunks, hf, layout)
 
     source = root / f"{family}-bf16"
     chunks = build_model(hf, layout, params_dtype=torch.bfloat16, spec_backend="local")
@@ -168,7 +168,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     root = tmp_path_factory.mktemp("models")
     expected = {}
     for family in FAMILIES:
-        expected[family] = _reference(tiny_models.write(family, root / f"{family}-fp32"))
+        expected[family] = transformers_results(tiny_models.write(family, root / f"{family}-fp32"))
         tiny_models.write(family, root / f"{family}-bf16", dtype=torch.bfloat16, max_shard_size="60KB")
     return root, expected
 

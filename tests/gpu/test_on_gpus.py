@@ -46,10 +46,20 @@ def packed_logits(model_path: str, tokens_T: torch.Tensor) -> torch.Tensor:
     return logits_TV
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+# Without experts: rounded, a router may choose others.
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "deepseek_v3": {"first_k_dense_replace": 4, "q_lora_rank": None},
+}
+
+
+@pytest.mark.parametrize("family", DENSE)
 def test_transformer_engine_logits(tmp_path: Path, family: str) -> None:
     """bf16 rounds to 2^-8: the error of both engines against float32 must be of the same size."""
-    reference = write(family, tmp_path / family, dtype=torch.bfloat16)
+    reference = write(family, tmp_path / family, dtype=torch.bfloat16, **DENSE[family])
     tokens_T = torch.randint(0, VOCAB_SIZE, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     ours_TV = run_ranks(1, packed_logits, str(tmp_path / family), tokens_T)[0]
 

@@ -291,6 +291,29 @@ def test_mixture_of_experts(config_file: Path, model: Path) -> None:
     assert "layers [1] of" in text and "SGLang serves Qwen3-MoE with experts in every layer only" in text
 
 
+def test_what_the_rollout_engine_computes_differently(config_file: Path, model: Path) -> None:
+    hf = json.loads((model / "config.json").read_text())
+    mixtral = hf | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    gemma = hf | {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
+    scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    settings = [f"model.path={model}", "model.routing_replay=false"]
+    for raw, expected in (
+        (mixtral, None),
+        (gemma | {"head_dim": 32}, None),
+        (mixtral | scaled, "is linear, and SGLang serves mixtral with default only"),
+        (gemma | scaled, "is linear, and SGLang serves gemma with default only"),
+        (
+            mixtral | {"head_dim": 32},
+            "is 32, and SGLang serves mixtral with hidden_size / num_attention_heads = 16 only",
+        ),
+    ):
+        (model / "config.json").write_text(json.dumps(raw))
+        if expected is None:
+            check_config(load_config(config_file, settings))
+        else:
+            assert expected in problems_of(config_file, *settings, check=True)
+
+
 def test_extract_and_port(config_file: Path, model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

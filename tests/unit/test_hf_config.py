@@ -88,14 +88,25 @@ def test_inverse_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "gpt2"}, "supported are llama, qwen2, qwen3, qwen3_moe, deepseek_v3"),
+        ({"model_type": "gpt2"}, "supported are llama, qwen2, qwen3, qwen3_moe, deepseek_v3, mistral, mixtral, gemma"),
         ({"model_type": None}, "model_type None"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096"),
+        ({"model_type": "mistral"}, "sliding_window = 4096"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"num_attention_heads": 12}, "num_attention_heads = 12"),
+        ({"head_dim": 15}, "head_dim = 15"),
+        ({"hidden_size": "4096"}, "hidden_size = '4096'.*integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0.*at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1.*at least 1"),
+        ({"rms_norm_eps": True}, "rms_norm_eps = True.*number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'.*true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'.*object"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"vocab_size": None}, "vocab_size is missing"),
@@ -166,7 +177,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("qwen3_moe", {"num_local_experts": None}, "num_experts is missing"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "9 of 8 experts"),
-        ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob = True"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1.*no gradient"),
         ("qwen3_moe", {"rope_parameters": YARN}, "rope_type 'yarn' is not supported for qwen3_moe"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
@@ -223,7 +234,8 @@ def test_directory_without_config(tmp_path: Path) -> None:
 
 
 def test_an_inactive_window_is_accepted() -> None:
-    hf = HFModelConfig.from_dict(LLAMA_2 | {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False})
+    window = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+    hf = HFModelConfig.from_dict(LLAMA_2 | window | {"model_type": "qwen2", "num_key_value_heads": 32})
     assert hf.qkv_bias
 
 
@@ -238,7 +250,7 @@ def test_padded_vocab_size_is_the_smallest_that_fits() -> None:
 
 def test_layouts_that_do_not_fit() -> None:
     hf = HFModelConfig.from_dict(
-        LLAMA_2 | {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
+        LLAMA_2 | {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 30}
     )
     check_layout(hf, ParallelLayout(pipeline=3, virtual_pipeline=2))
     with pytest.raises(ValueError, match=r"9 attention heads .* parallel\.tensor = 2"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +156,30 @@ def test_experts_are_stacked() -> None:
     with pytest.raises(SyncMismatch) as caught:
         expect(hf, 2).verify(reported)
     assert changed in caught.value.names and not any("down" in name for name in caught.value.names)
+
+
+def test_experts_have_the_names_of_their_family() -> None:
+    """Mixtral's w1, w3 and w2 are gate, up and down: the same parameter with the same bits."""
+    tensors = {part: torch.randn(EXPERTS, 8, 8) for part in ("gate_proj", "up_proj", "down_proj")}
+    checksums = []
+    for names in ({}, {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}):
+        expected = ExpectedChecksums(ServerLayout(2, torch.float32, KV_HEADS, EXPERTS), CPU)
+        for part, stacked in tensors.items():
+            for expert in range(EXPERTS):
+                expected.add(f"{LAYER}moe.experts.{expert}.{names.get(part, part)}.weight", stacked[expert])
+        checksums.append(expected._checksums)
+    assert checksums[0] == checksums[1] and len(checksums[0][0]) == 2
+    assert checksums[0][0] != checksums[0][1]
+
+
+def test_the_server_adds_one_to_zero_centred_norms(tmp_path: Path) -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": KV_HEADS}
+    weight = torch.randn(8).to(torch.bfloat16)
+    for model_type, held in (("gemma", weight + 1), ("llama", weight)):
+        (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": model_type}))
+        expected = ExpectedChecksums(ServerLayout.from_config(tmp_path, 1, torch.bfloat16), CPU)
+        expected.add("model.norm.weight", weight)
+        assert expected.verify([{"model.norm.weight": tensor_checksum(held)}]) == 1
 
 
 def test_tied_embeddings_may_be_sent_and_listed_or_not() -> None:
