@@ -23,7 +23,8 @@ SETTINGS = (
     "save.every=2",
     "save.hf_every=4",
 )
-TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s")
+# groups_ready is how far the servers are at the moment of logging.
+TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s", "rollout/groups_ready")
 
 
 def without_times(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

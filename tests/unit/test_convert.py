@@ -190,13 +190,13 @@ def test_a_wrong_manifest_is_refused(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_hidden_layers": 5}, r"lacks .* model\.layers\.4\.input_layernorm"),
-        ({"num_hidden_layers": 3}, r"not in hf/config\.json: model\.layers\.3"),
+        ({"num_hidden_layers": 5, "layer_types": None}, r"lacks .* model\.layers\.4\.input_layernorm"),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"not in hf/config\.json: model\.layers\.3"),
         ({"head_dim": 20}, r"linear_qkv\.weight has shape \(192, 64\)"),
     ],
 )
 def test_a_state_of_another_model_is_refused(
-    checkpoint: Path, tmp_path: Path, change: dict[str, int], said: str
+    checkpoint: Path, tmp_path: Path, change: dict[str, int | None], said: str
 ) -> None:
     path = checkpoint / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -210,13 +210,16 @@ def test_state_of_a_server_that_is_stopped_or_gone(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         server.send_signal(signal.SIGSTOP)
+        while psutil.Process(server.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         begin = time.monotonic()
         lines = server_state("one", url, server.pid, log_path)
+        server.kill()
         assert time.monotonic() - begin < 30
         assert lines[0] == f"one at {url}: /model_info did not answer within 2 s"
         assert "stopped by a signal" in lines[1] and str(server.pid) in lines[1]
         assert lines[-1].strip() == "line 4999" and len(lines) < 15
-        server.kill()
     gone = server_state("one", url, server.pid, tmp_path / "none")
     assert "no connection" in gone[0] and "no process" in gone[1] and "cannot be read" in gone[-1]
     assert "no process" in server_state("one", url, None, log_path)[1]
