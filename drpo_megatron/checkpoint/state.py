@@ -7,8 +7,11 @@ On a GPU this has not been run: see docs/gpu-checklist.md.
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import pickle
+import queue
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +51,8 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
     Collective over all ranks. What the request does needs no other rank, until its `finalize_fns`, which are collective
     again. Those and the planning use the default process group.
     """
-    if filesystem_async._results_queue is None:
-        # Megatron-Core's own is a server process, which outlives a trainer that is killed.
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
+    # Megatron-Core's own queue is a server process, which outlives a trainer that is killed.
+    filesystem_async._results_queue = _Results(directory.parent / f"results_rank_{dist.get_rank()}")
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
@@ -62,6 +64,23 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
         async_strategy="mcore",  # its successor is a package of its own, for GPUs
         content_metadata=_metadata() | optimizer_kind(policy),
     )
+
+
+class _Results:
+    """What the writer says to the planner, by a file: a pipe holds too little, and nobody reads it while it writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def put(self, results: Any) -> None:
+        self._path.write_bytes(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        if not self._path.exists():
+            raise queue.Empty
+        results = pickle.loads(self._path.read_bytes())
+        self._path.unlink()
+        return results
 
 
 def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:
@@ -131,6 +150,30 @@ def _optimizer_steps(policy: Policy) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _positions_without_padding(policy: Policy) -> Iterator[None]:
+    """Megatron-Core 0.19.2 gathers the optimizer's state of a buffer bucket by bucket, without the padding between two,
+    and cuts parameters out of it by positions that count the padding: those behind the first bucket would be saved with
+    their neighbours' numbers. The positions are others while it does that.
+    """
+    buffers = [b for part in _parts(policy) if isinstance(part, DistributedOptimizer) for b in part.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        before, begins = 0, []
+        for bucket in buffer.buckets:
+            begins.append(bucket.offset - before)
+            before += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - begins[bucket], end - begins[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in zip(buffers, padded, strict=True):
+            buffer.param_index_map = positions
+
+
 def _give_state(part: DistributedOptimizer) -> None:
     """Adam has none before its first step, and what is saved or loaded needs a place."""
     groups = part.optimizer.param_groups
@@ -156,9 +199,11 @@ def _state(policy: Policy, *, is_loading: bool, with_random: bool = True) -> dic
     for part in _parts(policy):
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             _give_state(part)
+    with _positions_without_padding(policy):
+        optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     state = {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
+        "optimizer": optimizer,
         "optimizer_steps": 0 if is_loading else _optimizer_steps(policy),
         "scheduler": policy.scheduler.state_dict(),
         "skipped": (policy.guard.skipped_total, policy.guard.skipped_in_a_row),

@@ -49,6 +49,8 @@ CASES = [
     Case("qwen3_moe", {"data": 2}, ({"data": 2}, SP2 | {"expert": 2}, {"data": 2, "expert": 2}, {"pipeline": 2})),
     Case("qwen3_moe", {"data": 2, "expert": 2}, ({"data": 2}, {"data": 2, "expert": 2})),
     Case("qwen3", {"data": 2}, ({"data": 2}, SP2), (("optimizer.distributed", False),)),
+    # Several buckets with padding between them.
+    Case("qwen3", {"data": 2}, ({"data": 2}, SP2), (("optimizer.bucket_parameters", 5000),)),
 ]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from drpo_megatron.bench import convert, loss, prefix, sync
+from drpo_megatron.bench import checkpoint, convert, loss, prefix, sync
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -41,6 +41,14 @@ def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     # A pack repeats nothing of a group's prompt but its last token.
     assert 3 < figures["shared_prefix_tokens_ratio"].value < 4
     assert figures["shared_prefix_speedup_fp32"].value > 1
+
+
+def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "REPETITIONS", 1)
+    figures = checkpoint.measure()
+    # Weights, main weights and two moments, fp32.
+    assert 134e6 * 16 < figures["megabytes"].value * 1e6 < 135e6 * 17
+    assert 0 < figures["async_stall_share"].value < 1
 
 
 def test_sync(monkeypatch: pytest.MonkeyPatch) -> None:
