@@ -20,7 +20,7 @@ from drpo_megatron.bench.report import Figure
 from drpo_megatron.platform.process import HUGE_PAGES
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2-arithmetic.yaml"
-REPETITIONS = 5
+REPETITIONS = 3
 
 
 def measure() -> dict[str, Figure]:

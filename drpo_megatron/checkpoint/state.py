@@ -8,10 +8,12 @@ On a GPU this has not been run: see docs/gpu-checklist.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pickle
 import queue
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -174,6 +178,38 @@ def _positions_without_padding(policy: Policy) -> Iterator[None]:
             buffer.param_index_map = positions
 
 
+@contextlib.contextmanager
+def _without_a_gather(policy: Policy, is_loading: bool) -> Iterator[None]:
+    """A rank that shares its parameters' state with no other has it as it is to be saved: no passes over all of it,
+    which training would wait for.
+    """
+    parts = [p for p in _parts(policy) if isinstance(p, DistributedOptimizer) and p.data_parallel_group.size() == 1]
+    for part in parts if not is_loading else ():
+        part.sharded_param_state_fully_reshardable = partial(_own_state, part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop("sharded_param_state_fully_reshardable", None)
+
+
+def _own_state(part: DistributedOptimizer, model: dict[str, Any], *_: Any) -> dict[int, Any]:
+    """What Megatron-Core's method of that name makes: by number of the parameter, its tensors over the whole model."""
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    of_parameter = {sharded.data: sharded for sharded in nested_values(tensors)}
+    state: dict[int, Any] = {}
+    for buffer in part.buffers:
+        for parameter in buffer.param_index_map:
+            sharded, of_one = of_parameter[parameter], {}
+            for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+                if name != "step":
+                    changes = {"key": f"optimizer.state.{name}.{sharded.key}", "data": tensor.view(parameter.shape)}
+                    dtype = {} if isinstance(sharded, ShardedTensorFactory) else {"dtype": tensor.dtype}
+                    of_one[name] = dataclasses.replace(sharded, **changes, **dtype)
+            state[len(state)] = of_one
+    return state
+
+
 def _give_state(part: DistributedOptimizer) -> None:
     """Adam has none before its first step, and what is saved or loaded needs a place."""
     groups = part.optimizer.param_groups
@@ -199,7 +235,7 @@ def _state(policy: Policy, *, is_loading: bool, with_random: bool = True) -> dic
     for part in _parts(policy):
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             _give_state(part)
-    with _positions_without_padding(policy):
+    with _positions_without_padding(policy), _without_a_gather(policy, is_loading):
         optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     state = {
         "model": model,

@@ -197,7 +197,7 @@ def test_a_full_disk_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> 
     assert setup.weights.push(setup.model.state_dict().items(), 4).verified
 
 
-@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk"])
+@pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk", "delta"])
 def test_many_pushes_hold_nothing(setup: Setup, transport: str) -> None:
     """Neither memory nor file handles grow, here and in the server: 1,000 syncs in a row under `make layouts`."""
     count = 1000 if "DRPO_LAYOUTS" in os.environ else 100
