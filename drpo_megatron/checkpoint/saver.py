@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -184,8 +185,10 @@ class _reported:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CheckpointException):
             causes = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            free = shutil.disk_usage(self._directory).free
             raise CheckpointError(
-                f"a checkpoint in {self._directory} could not be written: {'; '.join(causes) or 'see rank 0'}"
+                f"a checkpoint in {self._directory} could not be written: {'; '.join(causes) or 'see rank 0'} "
+                f"({free / 1e9:.1f} GB are free there; torch calls a failed write an unexpected position)"
             ) from error
 
 

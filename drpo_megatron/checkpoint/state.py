@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import os
 import pickle
 import queue
 import random
@@ -56,7 +58,7 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
     again. Those and the planning use the default process group.
     """
     # Megatron-Core's own queue is a server process, which outlives a trainer that is killed.
-    filesystem_async._results_queue = _Results(directory.parent / f"results_rank_{dist.get_rank()}")
+    filesystem_async._results_queue = _Results()
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
@@ -70,21 +72,35 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
     )
 
 
-class _Results:
-    """What the writer says to the planner, by a file: a pipe holds too little, and nobody reads it while it writes."""
+class _Results(logging.Handler):
+    """What the writer says to the planner: in memory that a fork shares, because a pipe holds too little and nobody
+    reads it meanwhile, and a disk may be full. An error is put with what was logged of its cause, which it lacks.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._file = os.fdopen(os.memfd_create("checkpoint-results"), "w+b", buffering=0)
+        self._messages: list[str] = []
+        filesystem_async.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
 
     def put(self, results: Any) -> None:
-        self._path.write_bytes(pickle.dumps(results))
+        if isinstance(results, Exception) and self._messages:
+            results = RuntimeError(self._messages[0])
+        with memoryview(pickle.dumps(results)) as rest:
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def get_nowait(self) -> Any:
-        if not self._path.exists():
+        filesystem_async.logger.removeHandler(self)
+        with self._file as file:
+            file.seek(0)
+            written = file.read()
+        if not written:
             raise queue.Empty
-        results = pickle.loads(self._path.read_bytes())
-        self._path.unlink()
-        return results
+        return pickle.loads(written)
 
 
 def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from drpo_megatron.checkpoint import manifest as manifests
 from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
+from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from tests import tiny_models
 from tests.distributed.test_train_step import make_sequences, run_config
 from tests.ranks import run_ranks
@@ -116,8 +119,9 @@ def save_and_go_on(root: Path, cases: list[Case]) -> list[dict[str, Any]]:
         saver.save(policy, 0, 0, None, {})  # Adam has no state yet
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
         updates(policy, range(2))
+        saved = weights(policy)
         saver.save(policy, 2, 2, DRIVER if dist.get_rank() == 0 else None, {"reward/mean": 0.25})
-        outcomes.append(updates(policy, range(2, 4)))
+        outcomes.append(updates(policy, range(2, 4)) | {"saved": saved})
         saver.finish()
     return outcomes
 
@@ -231,3 +235,69 @@ def test_another_kind_of_optimizer_is_refused(root: Path, uninterrupted: list[di
     shutil.copytree(root / case.name, root / other.name)
     refused, _ = run_ranks(2, resume_only, root, other, case.saved)[0]
     assert "optimizer.distributed = True, now it is False" in str(refused)
+
+
+def test_conversion_of_what_a_run_saved(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    for number, (case, outcome) in enumerate(zip(CASES, uninterrupted, strict=True)):
+        out = root / f"converted-{number}"
+        checkpoint_to_hf(root / case.name / "checkpoints" / "step_000002", out, max_shard_bytes=2**30)
+        converted = load_file(out / "model.safetensors")
+        assert converted.keys() == outcome["saved"].keys()
+        for name, tensor in outcome["saved"].items():
+            assert converted[name].dtype == tensor.dtype and torch.equal(converted[name], tensor), (case.name, name)
+
+
+def resume_weights(root: Path, case: Case, parallel: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    from drpo_megatron.checkpoint.saver import Saver
+
+    config = configuration(root, case, parallel)
+    policy = enter(config, first=True)
+    resumed = Saver(config).resume(policy)
+    loaded = weights(policy)
+    # Main weights and moments are those of these weights: an update goes on from them.
+    policy.update(make_sequences(policy.hf.vocab_size), 0)
+    after = weights(policy)
+    moved = max((float((tensor - loaded[name]).abs().max()) for name, tensor in after.items()), default=0.0)
+    return (resumed and resumed.manifest.step, resumed and resumed.driver, moved), loaded
+
+
+def test_a_run_goes_on_from_a_converted_directory(root: Path) -> None:
+    """A checkpoint of weights alone: other weights than model.path's, and an optimizer that starts."""
+    case = Case("qwen3", SP2, (), (("save.keep", 7),))
+    tiny_models.write("qwen3", root / "other", seed=5)
+    hf_to_checkpoint(root / "other", root / case.name / "checkpoints" / "step_000000", max_shard_bytes=2**30)
+    (step, driver, moved), loaded = run_ranks(2, resume_weights, root, case, case.saved)[0]
+    assert (step, driver) == (0, None)
+    for name, tensor in load_file(root / "other" / "model.safetensors").items():
+        assert torch.equal(loaded[name], tensor), name
+    # The first learning rate of the warm-up is 0: Adam with main weights of model.path would move them back.
+    assert moved < 1e-3
+
+
+def fill_the_disk(root: Path, case: Case) -> str:
+    import resource
+
+    from drpo_megatron.checkpoint.saver import Saver
+
+    config = configuration(root, case, case.saved)
+    policy = enter(config, first=True)
+    updates(policy, range(1))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: a write fails in the middle of a file
+    saver = Saver(config)
+    try:
+        saver.save(policy, 1, 1, None, {})
+        saver.finish()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_is_full_is_named(root: Path, asynchronous: bool) -> None:
+    case = Case("qwen3", {"data": 2}, (), (("save.keep", 5), ("save.asynchronous", asynchronous)))
+    said = run_ranks(2, fill_the_disk, root, case)
+    directory = root / case.name / "checkpoints"
+    assert all(f"a checkpoint in {directory}" in text and "could not be written" in text for text in said)
+    assert "encountered an error" in said[0] and "GB are free there" in said[0]
+    assert not [path for path in directory.iterdir() if not path.name.startswith(".")]
