@@ -13,7 +13,10 @@ from tests import tiny_models
 from tests.distributed.test_checkpoints import DRIVER, SP2, Case, resume_and_go_on, save_and_go_on
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: one a rank"),
+]
 
 CASES = [
     Case("qwen3", {"data": 2}, ({"data": 2}, SP2), (("model.dtype", "bfloat16"),)),
