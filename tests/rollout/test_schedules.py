@@ -252,6 +252,6 @@ def test_a_death_is_waited_out(setup: Setup) -> None:
         producer.synced(setup.version)
         groups = producer.take()
         taken += [group.prompt.id for group in groups]
-        begun = producer.state()["begun"]
+        begun = [ticket["number"] for ticket in producer.state()["begun"]]
     assert sorted(taken + [PROMPTS[n].id for n in begun]) == sorted(p.id for p in PROMPTS[: len(taken) + len(begun)])
     assert setup.largest_error(rollouts_of(groups)) < TOLERANCE
