@@ -1,6 +1,6 @@
 """`drpo convert CHECKPOINT OUT --to hf` under the name that users of Megatron look for.
 
-python tools/convert_checkpoint_to_hf.py runs/NAME/checkpoints/step-100 OUT --dtype bf16
+python tools/convert_checkpoint_to_hf.py runs/NAME/checkpoints/step_000100 OUT --dtype bf16
 """
 
 from drpo_megatron.weights.convert import main

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from drpo_megatron.bench.report import Figure
-from drpo_megatron.platform.process import HUGE_PAGES
+from drpo_megatron.bench.report import Figure, run_worker
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2-arithmetic.yaml"
 REPETITIONS = 3
@@ -29,14 +27,7 @@ def measure() -> dict[str, Figure]:
 
     with tempfile.TemporaryDirectory() as directory:
         model = ensure_model("smollm2_135m", Path(directory) / "smollm2-135m")
-        done = subprocess.run(
-            [sys.executable, "-m", "drpo_megatron.bench.checkpoint", str(model), directory, str(REPETITIONS)],
-            env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": "1"},  # as the launcher's ranks
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    samples = json.loads(done.stdout.splitlines()[-1])
+        samples = run_worker("drpo_megatron.bench.checkpoint", model, directory, REPETITIONS)
     pairs = list(zip(samples["stall"], samples["whole"], strict=True))
     return {
         "async_stall_share": Figure.of([stall / whole for stall, whole in pairs], "<= 0.1"),

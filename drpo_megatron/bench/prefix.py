@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drpo_megatron.bench.report import Figure
-from drpo_megatron.platform.process import HUGE_PAGES
+from drpo_megatron.bench.report import Figure, run_worker
 
 if TYPE_CHECKING:
     from drpo_megatron.training.packing import TrainSequence
@@ -37,14 +35,7 @@ def measure() -> dict[str, Figure]:
     with tempfile.TemporaryDirectory() as directory:
         model = ensure_model("smollm2_135m", Path(directory) / "smollm2-135m")
         for name, dtype in DTYPES.items():
-            done = subprocess.run(
-                [sys.executable, "-m", "drpo_megatron.bench.prefix", str(model), dtype, str(REPETITIONS)],
-                env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": "1"},  # as the launcher's ranks
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            figures |= figures_of(name, json.loads(done.stdout.splitlines()[-1]))
+            figures |= figures_of(name, run_worker("drpo_megatron.bench.prefix", model, dtype, REPETITIONS))
     return figures
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drpo_megatron.platform.process import HUGE_PAGES
 from drpo_megatron.platform.versions import versions
 
 BENCHES = ("step", "loss", "prefix", "sync", "checkpoint", "convert")
@@ -45,6 +47,21 @@ class Figure:
 
 def machine() -> dict[str, Any]:
     return {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def run_worker(module: str, *arguments: object) -> Any:
+    """What `python -m module arguments` prints as JSON on its last line, run as a rank of the launcher with one thread.
+
+    Raises CalledProcessError when it fails; its message is on stderr.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        env={**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_bench(name: str, as_json: bool) -> int:

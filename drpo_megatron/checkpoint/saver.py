@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,9 @@ class Resumed:
 class Saver:
     """One a rank; every method but `close` is collective over all ranks.
 
-    A save copies what training would change, and goes on in a process of its own while training does; the checkpoint
-    has its name only after `poll` found all ranks done. A device's tensors are copied to host memory first. At most one
-    save is under way: the next one waits for it.
+    A save goes on in a fork of the process while training does, which sees host memory as it was; a device's tensors
+    are copied there first. The checkpoint has its name only after `poll` found all ranks done. At most one save is
+    under way: the next one waits for it.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -106,7 +108,7 @@ class Saver:
             dtype=config.model.dtype,
             optimizer=True,
             time=time.time(),
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         )
         self._on_rank_0(lambda: _write_beside(directory, driver, config.model.path))
         if request.async_fn is not None:
@@ -173,23 +175,18 @@ class Saver:
         return result
 
 
-class _reported:
+@contextlib.contextmanager
+def _reported(directory: Path) -> Iterator[None]:
     """Turns what torch says of a failed write into one line that names the place and the first cause."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CheckpointException):
-            causes = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-            free = shutil.disk_usage(self._directory).free
-            raise CheckpointError(
-                f"a checkpoint in {self._directory} could not be written: {'; '.join(causes) or 'see rank 0'} "
-                f"({free / 1e9:.1f} GB are free there; torch calls a failed write an unexpected position)"
-            ) from error
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        free = shutil.disk_usage(directory).free
+        raise CheckpointError(
+            f"a checkpoint in {directory} could not be written: {'; '.join(causes) or 'see rank 0'} "
+            f"({free / 1e9:.1f} GB are free there; torch calls a failed write an unexpected position)"
+        ) from error
 
 
 def _check_model(of_checkpoint: Path, hf: HFModelConfig) -> None:

@@ -47,17 +47,29 @@ def _metadata() -> dict[str, Any]:
 
 
 def optimizer_kind(policy: Policy) -> dict[str, Any]:
-    """What a checkpoint of this optimizer can be read into. Layouts may differ, this may not."""
-    return {"distributed_optimizer": policy.config.optimizer.distributed, "dtype": policy.config.model.dtype}
+    """What a checkpoint of this optimizer can be read into, by setting. Layouts may differ, this may not; without the
+    distributed optimizer, experts of their own ranks have an optimizer of their own, and its state does not move.
+    """
+    distributed = policy.config.optimizer.distributed
+    return {
+        "optimizer.distributed": distributed,
+        "model.dtype": policy.config.model.dtype,
+        "number of optimizers, which parallel.expert and optimizer.distributed decide": None
+        if distributed
+        else len(_parts(policy)),
+    }
 
 
 def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
-    """Plan the save of this rank's part into `directory`, an empty one, with copies of what training would change.
+    """Plan the save of this rank's part into `directory`, an empty one.
 
-    Collective over all ranks. What the request does needs no other rank, until its `finalize_fns`, which are collective
-    again. Those and the planning use the default process group.
+    Run the request, or fork the process that does, before training goes on: it refers to the tensors that training
+    changes. Collective over all ranks. What the request does needs no other rank, until its `finalize_fns`, which are
+    collective again. Those and the planning use the default process group.
     """
     # Megatron-Core's own queue is a server process, which outlives a trainer that is killed.
+    if isinstance(filesystem_async._results_queue, _Results):
+        filesystem_async._results_queue.close()  # of a save in which this rank had nothing to write
     filesystem_async._results_queue = _Results()
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -94,13 +106,17 @@ class _Results(logging.Handler):
                 rest = rest[self._file.write(rest) :]
 
     def get_nowait(self) -> Any:
-        filesystem_async.logger.removeHandler(self)
-        with self._file as file:
-            file.seek(0)
-            written = file.read()
+        self._file.seek(0)
+        written = self._file.read()
+        self.close()
         if not written:
             raise queue.Empty
         return pickle.loads(written)
+
+    def close(self) -> None:
+        filesystem_async.logger.removeHandler(self)
+        self._file.close()
+        super().close()
 
 
 def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:
@@ -110,16 +126,15 @@ def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:
     one of another kind of optimizer.
     """
     content = dist_checkpointing.load_content_metadata(str(directory)) or {}
-    if "distributed_optimizer" not in content:
+    if "optimizer.distributed" not in content:
         state = dist_checkpointing.load({"model": _model_state(policy)}, str(directory))
         _load_model(policy, state)
         policy.optimizer.reload_model_params()
         return False
     for key, now in optimizer_kind(policy).items():
         if content[key] != now:
-            name = "model.dtype" if key == "dtype" else "optimizer.distributed"
             raise CheckpointError(
-                f"{directory} was written with {name} = {content[key]}, now it is {now}; set it as it was, or convert "
+                f"{directory} was written with {key} = {content[key]}, now it is {now}; set it as it was, or convert "
                 "the checkpoint to a Hugging Face directory and start from that"
             )
     state = dist_checkpointing.load(_state(policy, is_loading=True, with_random=same_layout), str(directory))

@@ -5,12 +5,10 @@ checkpoints load into parallel models.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,17 +23,11 @@ from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from drpo_megatron.weights.hf_io import carry_files
 from tests import large_models, te_install, tiny_models
 from tests.ranks import run_ranks
+from tests.unit.test_convert import MODELS
 
 pytestmark = pytest.mark.distributed
 
-# A vocabulary of 515 does not divide over two ranks.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "deepseek_v3": ("deepseek_v3", {}),
-}
+# Their vocabulary of 515 does not divide over two ranks.
 MOE = ("qwen3_moe", "deepseek_v3")
 LAYOUTS = {
     "tp2": ParallelLayout(tensor=2, sequence_parallel=True),
@@ -93,8 +85,6 @@ def _save_and_load(root: Path, key: str, model: str, layout: ParallelLayout) -> 
 def _all_layouts(root: Path) -> None:
     from drpo_megatron.platform.distributed import change_layout, initialize, shutdown
 
-    # Megatron-Core's writer starts a process of its own.
-    multiprocessing.current_process().daemon = False
     for i, (key, layout) in enumerate(LAYOUTS.items()):
         if i == 0:
             initialize(layout, timeout_s=60, seed=1)
