@@ -163,7 +163,7 @@ def test_converted_checkpoints_have_what_transformer_engine_asks_for(tmp_path: P
         tiny_models.write(family, tmp_path / model, dtype=torch.bfloat16, **changes)
         hf_to_checkpoint(tmp_path / model, tmp_path / f"{model}-converted", max_shard_bytes=10**9)
     with te_install.directory() as path:
-        (asked,) = run_ranks(1, _asked_for, tmp_path, path)
+        (asked,) = run_ranks(1, _asked_for, tmp_path, path, spawn=True)
     for model in MODELS:
         metadata = FileSystemReader(tmp_path / f"{model}-converted" / manifest.STATE).read_metadata()
         held = {

@@ -43,7 +43,7 @@ def local() -> dict[str, large_models.Report]:
 @pytest.fixture(scope="module")
 def transformer_engine() -> dict[str, large_models.Report]:
     with te_install.directory() as path:
-        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480)[0]
+        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480, spawn=True)[0]
 
 
 def _is_the_model(name: str, report: large_models.Report) -> None:
@@ -87,7 +87,7 @@ def test_every_family_fits_transformer_engine_layers() -> None:
     tiny = {family: [{}, {"q_lora_rank": None}] if known.mla else [{}] for family, known in FAMILIES.items()}
     layout = ParallelLayout(tensor=2, sequence_parallel=True)
     with te_install.directory() as path:
-        reports = run_ranks(1, large_models.build_tiny, tiny, layout, "transformer_engine", path)[0]
+        reports = run_ranks(1, large_models.build_tiny, tiny, layout, "transformer_engine", path, spawn=True)[0]
     assert len(reports) > len(FAMILIES)
     for report in reports:
         assert report.elements == report.reference_elements > 10_000
