@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -72,7 +72,7 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
         filesystem_async._results_queue.close()  # of a save in which this rank had nothing to write
     filesystem_async._results_queue = _Results()
     strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        _UncopiedSave(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
     return dist_checkpointing.save(
         _state(policy, is_loading=False),
@@ -82,6 +82,29 @@ def begin_save(policy: Policy, directory: Path) -> AsyncRequest:
         async_strategy="mcore",  # its successor is a package of its own, for GPUs
         content_metadata=_metadata() | optimizer_kind(policy),
     )
+
+
+class _UncopiedSave(TorchDistSaveShardedStrategy):
+    """Megatron-Core copies every host tensor that is a part of another (all parameters and main weights, the halves of
+    gated MLPs) while training waits, lest torch write the other whole. The fork that writes has a snapshot of memory
+    already: these tensors get a storage that ends where they do.
+    """
+
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "mcore"
+    ) -> AsyncRequest:
+        for leaf in nested_values(sharded_state_dict):
+            if isinstance(leaf, ShardedTensor) and leaf.data is not None:
+                leaf.data = with_own_storage(leaf.data)
+        return super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
+
+
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor whose storage holds nothing else; `tensor` itself where that needs a copy."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor
+    memory = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
 class _Results(logging.Handler):

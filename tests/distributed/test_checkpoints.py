@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from drpo_megatron.checkpoint import manifest as manifests
 from drpo_megatron.checkpoint.manifest import CheckpointError
+from drpo_megatron.checkpoint.state import with_own_storage
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
@@ -309,3 +310,14 @@ def test_a_disk_that_is_full_is_named(root: Path, asynchronous: bool) -> None:
     assert all(f"a checkpoint in {directory}" in text and "could not be written" in text for text in said)
     assert "encountered an error" in said[0] and "GB are free there" in said[0]
     assert not [path for path in directory.iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_a_tensor_is_saved_without_a_copy_of_it(dtype: torch.dtype) -> None:
+    buffer = torch.arange(12).to(dtype)
+    part = buffer[4:10].view(2, 3)
+    alone = with_own_storage(part)
+    assert alone.untyped_storage().nbytes() == 6 * dtype.itemsize
+    buffer[4:10] = 7
+    assert torch.equal(alone, torch.full((2, 3), 7).to(dtype))
+    assert with_own_storage(buffer.view(3, 4)[:, :2]).untyped_storage().nbytes() == 12 * dtype.itemsize

@@ -43,7 +43,9 @@ def local() -> dict[str, large_models.Report]:
 @pytest.fixture(scope="module")
 def transformer_engine() -> dict[str, large_models.Report]:
     with te_install.directory() as path:
-        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480, spawn=True)[0]
+        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480, spawn=True)[
+            0
+        ]
 
 
 def _is_the_model(name: str, report: large_models.Report) -> None:
