@@ -60,7 +60,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The values as float32."""
-        values_MK = self.values.float().reshape(-1, self.values.shape[-1])
+        values_MK = _matrix(self.values.float())
         return (values_MK * _spread(self.scales, self.block, values_MK)).reshape(self.values.shape)
 
 
@@ -150,12 +150,16 @@ def mxfp8(x_MK: Tensor, fmt: Format) -> Quantized:
 def health(x: Tensor, quantized: Quantized) -> Health:
     """What quantization did to `x`. Waits for the device."""
     fmt = E4M3 if quantized.values.dtype == E4M3.dtype else E5M2
-    x_MK = x.float().reshape(-1, x.shape[-1])
+    x_MK = _matrix(x.float())
     limit = (fmt.largest + fmt.half_step) * _spread(quantized.scales, quantized.block, x_MK)
     count = max(x.numel(), 1)
     saturated = int((x_MK.abs() > limit).sum())
     underflow = int(((x != 0) & (quantized.values.float() == 0)).sum())
     return Health(float(amax(x)), saturated / count, underflow / count)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _magnitudes(x: Tensor) -> Tensor:
