@@ -283,7 +283,40 @@ def te_recipes(path: str | None) -> dict[str, Any]:
                 "weights_2d": getattr(made, "w_block_scaling_dim", None),
                 "modules": {type(m).__module__ for m in chunk.modules()},
             }
-    return found
+    return found | {"numbers": te_numbers()}
+
+
+def te_numbers() -> dict[str, float]:
+    """Largest differences from what Transformer Engine has in Python: its reference of current scaling, and the unfused
+    update of delayed scales (relative).
+    """
+    import torch
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
+    from transformer_engine.pytorch.quantization import _amax_and_scale_update
+
+    from drpo_megatron.fp8 import numerics
+
+    torch.manual_seed(0)
+    current = delayed = 0.0
+    for fmt in (numerics.E4M3, numerics.E5M2):
+        x = torch.randn(70, 90) * 2.0 ** torch.randint(-20, 20, (70, 90))
+        theirs, ours = CurrentScalingQuantizerRef(fmt.dtype).quantize(x), numerics.tensorwise(x, fmt)
+        restored = theirs.data.float() * theirs.scale
+        current = max(current, float((restored - ours.dequantize()).abs().max()))
+        for algorithm in ("max", "most_recent"):
+            recipe = DelayedScaling(margin=1, amax_compute_algo=algorithm, amax_history_len=3)
+            history, scale = torch.zeros(3, 2), torch.ones(2)
+            our_history, our_scale = history.clone(), scale.clone()
+            for amaxes in torch.rand(7, 2) * 10:
+                history[0] = our_history[0] = amaxes
+                _amax_and_scale_update(history, scale, fmt.largest, recipe)
+                our_scale = numerics.delayed_scale(our_history, our_scale, fmt, 1, algorithm)  # type: ignore[arg-type]
+                our_history = numerics.rolled(our_history)
+                # It divides by way of the reciprocal, which is rounded once more.
+                delayed = max(delayed, float((scale / our_scale - 1).abs().max()))
+                delayed = max(delayed, float((history - our_history).abs().max()))
+    return {"current": current, "delayed": delayed}
 
 
 def test_transformer_engine_gets_the_settings() -> None:
@@ -310,3 +343,5 @@ def test_transformer_engine_gets_the_settings() -> None:
     assert (found["tensorwise"]["power_of_2"], found["blockwise"]["power_of_2"]) == (False, True)
     assert found["tensorwise"]["epsilon"] == found["blockwise"]["epsilon"] == 0
     assert found["blockwise"]["weights_2d"] == 2
+    assert found["numbers"]["current"] == 0
+    assert found["numbers"]["delayed"] < 1e-6
