@@ -297,6 +297,7 @@ def te_numbers() -> dict[str, float]:
 
     from drpo_megatron.fp8 import numerics
 
+    torch._dynamo.config.disable = True  # compiling would ask the GPU that is not there
     torch.manual_seed(0)
     current = delayed = 0.0
     for fmt in (numerics.E4M3, numerics.E5M2):
