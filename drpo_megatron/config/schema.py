@@ -1,7 +1,7 @@
 """The configuration of a run, typed. The help text of a setting is the string under it; an unknown key is an error.
 
-Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, sync, save,
-tracking.
+Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, fp8, sync,
+save, tracking.
 """
 
 from __future__ import annotations
@@ -329,6 +329,50 @@ class SyncConfig(Section):
     """Limit of one sync."""
 
 
+class Fp8Config(Section):
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """Train the linear layers of attention, MLPs and experts in FP8: inputs, weights and gradients of their outputs are
+    quantized for all three matrix products. delayed: one scale a tensor, from the history of its largest values.
+    tensorwise: one scale a tensor, from the tensor itself. blockwise: 1 × 128 for inputs and gradients, 128 × 128 for
+    weights. mxfp8: 1 × 32, scales are powers of two. null: in the model's dtype. Embeddings, the output projection,
+    norms, routers and the attention itself are never quantized."""
+    backend: Literal["transformer_engine", "emulate"] = "transformer_engine"
+    """transformer_engine: on the tensor cores of a GPU. emulate: the same numbers, quantized and dequantized around
+    products in float32, on any device; slow, for studies."""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """hybrid: e4m3 for inputs and weights, e5m2 for gradients. null: hybrid for delayed and tensorwise, e4m3 for
+    blockwise and mxfp8."""
+    unquantized_first_layers: int = Field(0, ge=0)
+    """Layers at the start of the model that stay in its dtype, in training and in rollouts."""
+    unquantized_last_layers: int = Field(0, ge=0)
+    """Layers at its end that do."""
+    margin: int = Field(0, ge=0)
+    """delayed: scales are 2^margin times coarser than the largest value asks for."""
+    amax_history: int = Field(1024, gt=0)
+    """delayed: micro-batches whose largest values a scale comes from."""
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    """delayed: the largest or the newest value of the history."""
+    parameters: bool = False
+    """Keep the quantized layers' parameters in FP8 and gather them so; main weights stay in float32. Transformer Engine
+    only."""
+    rollout: bool = False
+    """Rollout servers compute in FP8: weights with one scale for each 128 × 128 block, quantized in the sync, inputs of
+    linear layers with one for each 1 × 128. Without a GPU (backend emulate) the server gets the dequantized weights and
+    rounds the inputs of its products the same way."""
+    health_every: int | None = Field(None, gt=0)
+    """Steps from one look at the numbers to the next: largest value, saturated and underflowed share of each quantized
+    tensor go to fp8.jsonl of the run, with the cosine between the gradient in FP8 and the one without. null: never."""
+
+    @property
+    def number_format(self) -> Literal["hybrid", "e4m3"]:
+        """`format`, with its default."""
+        return self.format or ("hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3")
+
+    def quantized_layers(self, num_layers: int) -> range:
+        """The layers of a model that are quantized, counted from 0 over the whole model."""
+        return range(self.unquantized_first_layers, num_layers - self.unquantized_last_layers)
+
+
 class SaveConfig(Section):
     every: int | None = Field(None, gt=0)
     """Steps from one checkpoint to the next; the last step has one too. null: there are none. With checkpoints, a run
@@ -381,6 +425,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     optimizer: OptimizerConfig
     training: TrainingConfig
+    fp8: Fp8Config = Field(default_factory=lambda: Fp8Config())
     sync: SyncConfig = Field(default_factory=lambda: SyncConfig())
     save: SaveConfig = Field(default_factory=lambda: SaveConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())

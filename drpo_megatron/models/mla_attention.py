@@ -28,6 +28,13 @@ class ReplicatedLinear(MegatronModule):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.linear(x, self.weight), None
 
+    def get_extra_state(self) -> dict[str, torch.Tensor] | None:
+        """None, as Megatron-Core's linear layers have it. Checkpoints of FP8 training keep scales there."""
+        return None
+
+    def set_extra_state(self, state: dict[str, torch.Tensor] | None) -> None:
+        """Ignored."""
+
 
 class _NoQueryNormWithoutLatent(QKNormConfigResolver):
     """Without a latent of the queries Megatron-Core asks for a norm inside their projection when the key-value latent

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.recipes import token_multiple
 from drpo_megatron.models.builder import forward_packed, output_weight
 from drpo_megatron.platform import device
 from drpo_megatron.platform.distributed import control_group
@@ -87,7 +88,7 @@ def policy_logprobs(
         data_rank=0,
         data_size=1,
         token_budget=length,
-        pad_multiple=pack_multiple(layout),
+        pad_multiple=pack_multiple(layout, token_multiple(policy.config.fp8)),
         sequence_multiple=sequence_multiple(layout),
         count_multiple=layout.pipeline if layout.virtual_pipeline else 1,
         version=0,

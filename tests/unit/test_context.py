@@ -107,3 +107,16 @@ def test_a_sequence_that_does_not_divide_is_refused() -> None:
             count_multiple=1,
             version=5,
         )
+
+
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_packs_of_fp8_products_divide_on_every_rank(tokens: int) -> None:
+    """Each rank multiplies its part of the pack; under sequence parallelism it quantizes its own tokens before."""
+    for layout, ranks in [
+        (ParallelLayout(), 1),
+        (ParallelLayout(tensor=2), 1),
+        (ParallelLayout(tensor=2, sequence_parallel=True), 2),
+        (ParallelLayout(context=3, tensor=2, sequence_parallel=True), 6),
+    ]:
+        assert pack_multiple(layout, tokens) == tokens * ranks
+        assert pack_multiple(layout, tokens) % sequence_multiple(layout) == 0
