@@ -1,4 +1,4 @@
-"""Run one function on several gloo ranks, as spawned processes, and report the first failure. One launch, several
+"""Run one function on several ranks, each a process of its own, and report the first failure. One launch, several
 checks.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from drpo_megatron.platform import has_cuda
 from drpo_megatron.platform.ports import free_port
 
 
@@ -37,13 +38,18 @@ def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args:
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240, spawn: bool = False
+) -> list[Any]:
     """Run `function(*args)` on `world` ranks with torchrun's environment variables set; return the results by rank.
 
+    Without a GPU they are forks of a process that has imported the product; `spawn` starts them with nothing imported.
     `function` and `args` must pickle (a module-level function). Raises AssertionError with the failing rank's
     traceback, TimeoutError when a rank does not answer in time. No process is left behind.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if spawn or has_cuda() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["tests.preloaded"])
     results = context.Queue()
     port = free_port("127.0.0.1")
     processes = [
