@@ -108,7 +108,7 @@ def test_an_examined_update_is_the_same_update(tmp_path: Path) -> None:
         layers = {layer for layer, _ in tensors}
         assert layers == {
             f"decoder.layers.{n}.{part}"
-            for n in range(2)
+            for n in range(4)
             for part in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
         }, case
         assert len(tensors) == 3 * len(layers), case
