@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -46,7 +47,7 @@ class Quantizer:
 
     amax_history: float32 [length, 3], the newest first, one column a role. scales: float32 [3], what values are
     multiplied by. They are 0 and 1 at first, as in Transformer Engine. trains: whether the chunk's forward that runs is
-    followed by a backward. observer: None but where somebody looks.
+    followed by a backward. active: False computes products without FP8. observer: None but where somebody looks.
     """
 
     def __init__(self, fp8: Fp8Config, device: torch.device) -> None:
@@ -60,6 +61,7 @@ class Quantizer:
         }
         self.observer: Observer | None = None
         self.trains = True
+        self.active = True
         if fp8.recipe == "delayed":
             self.amax_history = torch.zeros(fp8.amax_history, len(ROLES), device=device)
             self.scales = torch.ones(len(ROLES), device=device)
@@ -184,6 +186,8 @@ def linear(x: Tensor, weight: Tensor, quantizer: Quantizer, bias: Tensor | None 
 
     The weight's gradient is rounded to its dtype, and Megatron's wrapper adds it to `main_grad` in float32.
     """
+    if not quantizer.active:
+        return F.linear(x, weight, bias)
     record, scales = quantizer.is_recorded(), quantizer.forward_scales()
     y = _QuantizedLinear.apply(x, weight, quantizer, record, torch.is_grad_enabled(), scales)
     return y if bias is None else y + bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import netrc
@@ -11,11 +12,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.records import RolloutGroup
+
+if TYPE_CHECKING:
+    from drpo_megatron.fp8.health import TensorHealth
 
 # wandb waits for its servers this long at the start and at the end of a run.
 WANDB_TIMEOUT_S = 60.0
@@ -52,6 +56,12 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
+    def log_fp8(self, step: int, tensors: Sequence[TensorHealth]) -> None:
+        """Append to fp8.jsonl, one tensor a line."""
+        with (self._config.run_directory / "fp8.jsonl").open("a") as file:
+            for tensor in tensors:
+                file.write(json.dumps({"step": step} | dataclasses.asdict(tensor)) + "\n")
+
     def dump_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write `rollouts/step_000012.jsonl`, one rollout a line, unless tracking.dump_rollouts is off."""
         if not self._config.tracking.dump_rollouts:
@@ -83,14 +93,14 @@ class Tracker:
 
 def _forget_from(directory: Path, first_step: int) -> None:
     """Remove what was logged of `first_step` and later ones: those steps are done again."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # A line that was cut is of a step that no checkpoint has.
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
-    if len(kept) < len(lines):
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(kept))
-        beside.rename(path)
+    for path in (directory / "metrics.jsonl", directory / "fp8.jsonl"):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # A line that was cut is of a step that no checkpoint has.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        if len(kept) < len(lines):
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(kept))
+            beside.rename(path)
     for dump in (directory / "rollouts").glob("step_*.jsonl"):
         if int(dump.stem.removeprefix("step_")) >= first_step:
             dump.unlink()

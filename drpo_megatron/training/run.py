@@ -13,6 +13,7 @@ import torch.distributed as dist
 from drpo_megatron.algorithms import compute_advantages
 from drpo_megatron.checkpoint.saver import Saver
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.health import HealthLog
 from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0
@@ -46,6 +47,7 @@ class Run:
         self.saver = Saver(config)
         self._saves = config.save.every is not None or config.save.hf_every is not None
         self.last_metrics: Metrics = {}
+        self.health = HealthLog()
         self.watchdog = watchdog
         self.timer = VerbTimer(watchdog.watch)
 
@@ -84,6 +86,8 @@ class Run:
         self.step = self.watchdog.step = step
         self.save_metrics = {"save/stall_s": self.timer.seconds().get("save", 0.0)} if self._saves else {}
         self.timer.reset()
+        every = self.config.fp8.health_every
+        self._examine = every is not None and step % every == 0
 
     def generate(self) -> list[RolloutGroup]:
         """The groups of this step, sampled and scored. When no server is left, those that come back get the weights and
@@ -123,7 +127,8 @@ class Run:
         """One optimizer update."""
         with self.timer("train"):
             self.placement.for_training()
-            result = self.policy.update(sequences, self.version)
+            result = self.policy.update(sequences, self.version, examine=self._examine)
+        self._examine = False  # the first update of the step is enough
         self.version += result.applied
         return result
 
@@ -183,6 +188,11 @@ class Run:
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),
         )
+        looks = [result.fp8 for of_rank in gathered for result in of_rank if result.fp8]
+        if looks:
+            tensors, of_fp8 = self.health.add(looks)
+            metrics |= of_fp8
+            self.tracker.log_fp8(self.step, tensors)
         self.last_metrics = metrics
         self.tracker.log(self.step, metrics)
         self.tracker.dump_rollouts(self.step, groups)

@@ -4,6 +4,7 @@ stage.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drpo_megatron.algorithms import TokenStats
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.health import UpdateHealth, cosine, gradients_of, merged, unquantized, watched
 from drpo_megatron.fp8.recipes import layer_backend, token_multiple
 from drpo_megatron.models.builder import build_model, forward_packed, output_weight
 from drpo_megatron.models.flops import SequenceCost, training_flops
@@ -37,7 +39,7 @@ class UpdateResult:
     parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
     sparse backward, 0 when exact. flops and positions: of the forward and backward on all ranks together.
     tokens_saved_frac: share of its positions that a rank saved by shared prefixes. routing: of this rank's layers, None
-    for a dense model.
+    for a dense model. fp8: where the update was examined.
     """
 
     stats: TokenStats | None
@@ -49,6 +51,7 @@ class UpdateResult:
     positions: int
     tokens_saved_frac: float
     routing: RoutingStats | None = None
+    fp8: UpdateHealth | None = None
 
 
 class Policy:
@@ -99,11 +102,11 @@ class Policy:
             self._weights_are_whole = True
         return [chunk.module for chunk in self.chunks]
 
-    def update(self, sequences: list[TrainSequence], version: int) -> UpdateResult:
+    def update(self, sequences: list[TrainSequence], version: int, *, examine: bool = False) -> UpdateResult:
         """Train once on `sequences`, the global batch of this update (the same list on every rank).
 
-        version: the weight version before the update. Raises FloatingPointError after too many skipped updates in a
-        row.
+        version: the weight version before the update. examine: look at what FP8 does to it, which takes the gradient
+        twice and leaves the update as it is. Raises FloatingPointError after too many skipped updates in a row.
         """
         packed = pack_update(
             sequences,
@@ -117,29 +120,26 @@ class Policy:
             count_multiple=self.layout.pipeline if self.layout.virtual_pipeline else 1,
             version=version,
         )
-        packed_length = len(packed.micro_batches[0].tokens_T)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        packed_length = len(packed.micro_batches[0].tokens_T)  # the schedule divides it by the context and SP sizes
         rank, size = parallel_state.get_context_parallel_rank(), self.layout.context
         micro_batches = [split_context(b, rank, size).to(device()) for b in packed.micro_batches]
-        routing, replay = None, self.config.model.routing_replay is not False
-        if self.hf.moe and (replay or all(s.routed_experts_PLK is not None for s in sequences)):
-            routing = UpdateRouting(self.hf, self.layout, replay=replay)
+        routed = all(s.routed_experts_PLK is not None for s in sequences)
+        # The schedule moves them when it finalizes the gradients, before anything can look at those.
         biases = [(bias, bias.clone()) for chunk in self.chunks for bias in expert_biases([chunk.module])]
-        reports: list[MicroBatchReport] = self.forward_backward(
-            forward_step_func=partial(self._forward_step, routing),
-            data_iterator=[iter(micro_batches) for _ in self.chunks],
-            model=self.chunks,
-            num_microbatches=len(micro_batches),
-            seq_length=packed_length,  # the schedule divides it by the context and sequence parallel sizes
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        exact = None
+        if examine:
+            with unquantized(self.chunks):
+                self._compute_gradients(micro_batches, packed_length, routed)
+            exact = gradients_of(self.optimizer)
+            for bias, before in biases:
+                bias.copy_(before)
+        with contextlib.ExitStack() as looking:
+            seen = looking.enter_context(watched(self.chunks)) if examine else []
+            reports, routing = self._compute_gradients(micro_batches, packed_length, routed)
+        health = UpdateHealth(merged(seen), cosine(exact, gradients_of(self.optimizer))) if exact else None
         grad_norm, applied = apply_update(self.optimizer, self.config.optimizer.clip_grad)
         self._weights_are_whole = not self.config.optimizer.overlap_param_gather
         if not applied:
-            # The schedule moves them when it finalizes the gradients, before anything can look at those.
             for bias, before in biases:
                 bias.copy_(before)
         self.guard.record(applied)
@@ -162,7 +162,32 @@ class Policy:
             positions=sum(packed.lengths),
             tokens_saved_frac=packed.tokens_saved_frac,
             routing=routing.stats() if routing else None,
+            fp8=health,
         )
+
+    def _compute_gradients(
+        self, micro_batches: list[TrainBatch], packed_length: int, routed: bool
+    ) -> tuple[list[MicroBatchReport], UpdateRouting | None]:
+        """Forward and backward of all micro-batches into cleared gradient buffers, reduced over the ranks.
+
+        routed: every sequence carries the experts that the rollout engine sent its tokens to.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        routing, replay = None, self.config.model.routing_replay is not False
+        if self.hf.moe and (replay or routed):
+            routing = UpdateRouting(self.hf, self.layout, replay=replay)
+        reports: list[MicroBatchReport] = self.forward_backward(
+            forward_step_func=partial(self._forward_step, routing),
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=packed_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return reports, routing
 
     def _forward_step(
         self, routing: UpdateRouting | None, batches: Iterator[TrainBatch], model: torch.nn.Module

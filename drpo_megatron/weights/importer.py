@@ -22,15 +22,20 @@ def local_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[
 
     Beside the parameters, the router's bias for the choice of experts: a buffer, because no gradient reaches it.
     """
-    expert_rank = parallel_state.get_expert_model_parallel_rank()
     for chunk in model_chunks:
         model = unwrap(chunk)
-        first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-        config = model.config
-        first_expert = expert_rank * ((config.num_moe_experts or 0) // config.expert_model_parallel_size)
+        first_layer, first_expert = first_of_chunk(model)
         biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
         for name, tensor in itertools.chain(model.named_parameters(), biases):
             yield global_name(name, first_layer, first_expert), tensor
+
+
+def first_of_chunk(chunk: torch.nn.Module) -> tuple[int, int]:
+    """Numbers over the whole model of a chunk's first layer and of this rank's first expert."""
+    model = unwrap(chunk)
+    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    experts = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
+    return first_layer, parallel_state.get_expert_model_parallel_rank() * experts
 
 
 @torch.no_grad()
