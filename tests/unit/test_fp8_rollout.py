@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from drpo_megatron import platform
 from drpo_megatron.config import rollout_checks
 from drpo_megatron.config.checks import check_config
 from drpo_megatron.config.load import ConfigError
@@ -132,8 +132,8 @@ def test_what_is_sent(tmp_path: Path) -> None:
     sent: dict[str, torch.Tensor] = {}
     for bucket in stored.stream(iter(buckets)):
         dtypes = [tensor.dtype for _, tensor in bucket]
-        # One flattened bucket has one dtype: here the wire needs three of them, not one a tensor.
-        assert sum(a != b for a, b in zip(dtypes, dtypes[1:], strict=False)) == 1
+        # One flattened bucket has one dtype: weights, then float32. Mixed, each tensor would be a bucket of its own.
+        assert sum(a != b for a, b in itertools.pairwise(dtypes)) == 1
         assert [n for n, _ in bucket][-1].endswith("_scale_inv") and dtypes[0] is torch.float8_e4m3fn
         sent |= dict(bucket)
     plain = dict(pair for bucket in product.stream(iter(buckets)) for pair in bucket)
@@ -235,7 +235,7 @@ def test_a_name_that_is_part_of_another_is_found() -> None:
     assert not caught.value.unexpected
     with pytest.raises(audit.Fp8LayersDiffer, match=r"should not be: model\.layers\.1\.mlp") as caught:
         audit.check("server", expected, dict.fromkeys(expected, True))
-    with pytest.raises(audit.Fp8LayersDiffer, match="12|11 layers should be"):
+    with pytest.raises(audit.Fp8LayersDiffer, match="11 layers should be"):
         audit.check("server", expected, {})
 
 
@@ -341,6 +341,5 @@ def test_a_run_is_refused_by_them(tmp_path: Path) -> None:
 def test_a_server_without_the_function_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(audit.ServerAdmin, "custom_weight_loaders", lambda self, timeout_s: [])
     layout = ServerLayout(1, torch.float32, 2)
-    with pytest.raises(ServerError, match="--custom-weight-loader drpo_megatron.fp8.server_report.report"):
+    with pytest.raises(ServerError, match=r"--custom-weight-loader drpo_megatron\.fp8\.server_report\.report"):
         audit.audit_servers(["http://127.0.0.1:1"], layout, {}, tmp_path, 1.0)
-    assert platform.backend() == "gloo"
