@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from drpo_megatron.fp8.emulation import EMULATED
 from drpo_megatron.fp8.selection import Selection
 from drpo_megatron.models.builder import unwrap
 from drpo_megatron.models.hf_config import HFModelConfig
@@ -139,7 +140,7 @@ def audit_trainer(chunks: Sequence[torch.nn.Module], hf: HFModelConfig, selectio
 
 def in_fp8(module: torch.nn.Module) -> bool:
     """Whether a module multiplied in FP8: Transformer Engine's in its last forward, an emulated one always."""
-    return bool(getattr(module, "emulates_fp8", False) or getattr(module, "fp8", False))
+    return isinstance(module, tuple(EMULATED.values())) or bool(getattr(module, "fp8", False))
 
 
 def _linear_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:

@@ -18,24 +18,18 @@ from drpo_megatron.weights.map import WeightRule
 
 @dataclass(frozen=True)
 class Selection:
-    """`first` and `last` layers of a model of `num_layers` stay in its dtype."""
+    """`layers`, counted from 0 over the whole model, have their linear layers quantized."""
 
-    num_layers: int
-    first: int = 0
-    last: int = 0
+    layers: range
 
     @classmethod
     def of(cls, config: Fp8Config, num_layers: int) -> Self:
-        return cls(num_layers, config.unquantized_first_layers, config.unquantized_last_layers)
-
-    def layer(self, number: int) -> bool:
-        """Whether the linear layers of layer `number`, from 0 over the whole model, are quantized."""
-        return self.first <= number < self.num_layers - self.last
+        return cls(config.quantized_layers(num_layers))
 
     def parameter(self, name: str, rule: WeightRule, shape: tuple[int, ...]) -> bool:
         """Whether a parameter is, by its Megatron-Core name, its layer counted over the whole model."""
         number = layer_of(name)
-        return number is not None and self.layer(number) and fp8.is_quantized(name, rule, shape)
+        return number is not None and number in self.layers and fp8.is_quantized(name, rule, shape)
 
     def hf_weights(self, table: WeightTable, shape: Callable[[str], tuple[int, ...]]) -> dict[str, bool]:
         """Every exported Hugging Face tensor of a model, and whether it is quantized. shape: of a tensor by name."""

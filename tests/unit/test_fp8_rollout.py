@@ -90,19 +90,15 @@ def test_groups_of_other_dtypes_and_shapes() -> None:
     assert round_groups(torch.tensor([1.0, torch.nan, 2.0])).isnan().any(), "NaN stays visible"
 
 
-def test_whole_layers_stay_at_both_ends() -> None:
-    selection = Selection.of(Fp8Config(unquantized_first_layers=1, unquantized_last_layers=2), 12)
-    assert [n for n in range(12) if not selection.layer(n)] == [0, 10, 11]
-    assert not any(Selection(3, 2, 2).layer(n) for n in range(3))
-
-
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "deepseek_v3"])
 def test_which_tensors_of_a_model(family: str, tmp_path: Path) -> None:
     """Projections of attention, MLPs and experts, by a list of its own; layer 1 of 12 is not 10 or 11."""
     changes = {"num_hidden_layers": 12} | ({"mlp_only_layers": []} if family == "qwen3_moe" else {})
     tiny_models.write(family, tmp_path, **changes)
     hf, reader = HFModelConfig.load(tmp_path), SafetensorsReader(tmp_path)
-    weights = Selection(12, first=2).hf_weights(weight_table(hf, hf.vocab_size), lambda name: reader[name].shape)
+    weights = Selection.of(Fp8Config(unquantized_first_layers=2), 12).hf_weights(
+        weight_table(hf, hf.vocab_size), lambda name: reader[name].shape
+    )
     kinds = re.compile(r"\.(?:[qkvo]|q_a|q_b|kv_b|gate|up|down)_proj\.weight$|\.kv_a_proj_with_mqa\.weight$")
     table = {n for n in reader if not re.match(r"model\.layers\.12\.", n)}
     assert set(weights) == table
