@@ -50,15 +50,16 @@ def test_a_layer_that_is_not_quantized_stops_the_run(tmp_path: Path) -> None:
     """A server whose list of exceptions is taken by parts of names, as others have done."""
     broken = tmp_path / "broken"
     broken.mkdir()
-    # Python runs it in every process of the run; only the server imports this function.
+    # Python runs this in every process of the run.
     (broken / "sitecustomize.py").write_text(
-        "import drpo_megatron.platform.sglang_cpu_fp8 as emulation\n"
-        "install = emulation.install\n"
+        "import sys\n"
         "def broken():\n"
         "    import sglang.srt.layers.quantization.utils as utils\n"
         "    utils.is_layer_skipped = lambda prefix, ignored_layers, fused_mapping: 'layers.1.mlp' in prefix\n"
         "    install()\n"
-        "emulation.install = broken\n"
+        "if 'drpo_megatron.platform.sglang_cpu' in sys.orig_argv:\n"
+        "    import drpo_megatron.platform.sglang_cpu_fp8 as emulation\n"
+        "    install, emulation.install = emulation.install, broken\n"
     )
     path = os.pathsep.join([str(broken), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
