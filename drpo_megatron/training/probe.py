@@ -38,7 +38,8 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 1.0}
 """In nats, by the model's dtype. Between trainer and SGLang in float32 3e-6 to 4e-5 were measured."""
 FP8_TOLERANCE = 5.0
 """With FP8 rollouts, for any dtype. What they differ by is rounding that is meant, and the probe's tokens are random:
-their log-probs are low, and differ more than those of sampled tokens."""
+their log-probs are low, and differ more than those of sampled tokens. Up to 0.3 was measured on the quickstart model
+and 2.2 on SmolLM2-135M."""
 
 
 class ProbeMismatch(SyncMismatch):
