@@ -11,7 +11,7 @@ from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
-from drpo_megatron.config.rollout_checks import rollout_problems
+from drpo_megatron.config.rollout_checks import fp8_rollout_problems, rollout_problems
 from drpo_megatron.config.save_checks import save_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
 
@@ -156,6 +156,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from _experts(config, hf)
     yield from fp8_layer_problems(config, hf)
     yield from _served(config, hf)
+    yield from fp8_rollout_problems(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):

@@ -324,7 +324,7 @@ class SyncConfig(Section):
     """Compare checksums with the server, and log-probs of the probe, after every Nth sync. 0: after the first only."""
     probe_tolerance: float | None = Field(None, gt=0)
     """Stop when trainer and server differ by more than this, in nats, in the log-prob of a token of the probe, a fixed
-    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16."""
+    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16, 5 with fp8.rollout."""
     timeout_s: float = Field(300.0, gt=0)
     """Limit of one sync."""
 
