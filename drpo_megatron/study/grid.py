@@ -100,9 +100,15 @@ class Study:
         """
         return load_config(self.recipe, [*self.settings, *self._of_job(job), *extra])
 
+    @property
+    def base(self) -> RunConfig:
+        """The recipe with the study's settings; training.steps are the updates of a run."""
+        updates = [] if self.updates is None else [f"training.steps={self.updates}"]
+        return load_config(self.recipe, [*self.settings, *updates])
+
     def _of_job(self, job: Job) -> list[str]:
-        base = load_config(self.recipe, self.settings)
-        updates, cell = self.updates or base.training.steps, job.cell
+        base, cell = self.base, job.cell
+        updates = base.training.steps
         if updates % cell.staleness:
             raise ConfigError([f"{updates} updates do not divide into batches of {cell.staleness}: choose a multiple"])
         return [

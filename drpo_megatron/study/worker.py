@@ -88,6 +88,7 @@ def make(task: Task, server: KeptServer) -> Record:
     shutil.rmtree(config.run_directory, ignore_errors=True)  # of a study that was killed in it
     start = time.monotonic()
     rows: list[dict[str, float]] = []
+    status: Status
     try:
         url = server.url(config)
     except ServerStartError as error:
