@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from drpo_megatron.config.fp8_checks import fp8_layer_problems, fp8_problems
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
-from drpo_megatron.config.rollout_checks import rollout_problems
+from drpo_megatron.config.rollout_checks import fp8_rollout_problems, rollout_problems
 from drpo_megatron.config.save_checks import save_problems
 from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
 
@@ -33,6 +34,7 @@ def check_config(config: RunConfig) -> None:
         *_reward(config),
         *rollout_problems(config),
         *save_problems(config),
+        *fp8_problems(config),
         *_timeouts(config),
         *_model(config),
     ]
@@ -69,11 +71,11 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"parallel.data: {ranks} ranks share the {sequences} sequences of an update "
             "(prompts_per_step / updates_per_batch × samples_per_prompt), so some would have none; change one of them"
         )
-    from drpo_megatron.platform import spec_backend
+    from drpo_megatron.fp8.recipes import layer_backend
     from drpo_megatron.training.prefix import sharing_mode  # imports torch, which takes seconds
 
     try:
-        sharing_mode(config.training.shared_prefix, config.parallel.context, spec_backend())
+        sharing_mode(config.training.shared_prefix, config.parallel.context, layer_backend(config.fp8))
     except ValueError as error:
         yield f"training.shared_prefix: {error}"
     if config.optimizer.min_lr > config.optimizer.lr:
@@ -152,7 +154,9 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from _model_layout(config, hf)
     yield from server_problems(config, hf)
     yield from _experts(config, hf)
+    yield from fp8_layer_problems(config, hf)
     yield from _served(config, hf)
+    yield from fp8_rollout_problems(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):

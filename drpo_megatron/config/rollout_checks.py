@@ -6,11 +6,16 @@ import os
 import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.platform import backend
+from drpo_megatron.rollout.server_args import FP8_REPORT
+
+if TYPE_CHECKING:
+    from drpo_megatron.models.hf_config import HFModelConfig
 
 
 def placement_notes(config: RunConfig) -> Iterator[str]:
@@ -30,6 +35,15 @@ def placement_notes(config: RunConfig) -> Iterator[str]:
             "no memory becomes free. The servers have no memory saver and keep weights and KV cache; the trainer's "
             "weights and gradients go from host memory to host memory, and Megatron leaves fp32 main weights and their "
             "optimizer state where they are"
+        )
+
+
+def fp8_notes(config: RunConfig) -> Iterator[str]:
+    if config.fp8.rollout and config.rollout.server.addresses:
+        yield (
+            "fp8.rollout is true and servers were started elsewhere: they need an FP8 model of the same layers (`drpo "
+            f"convert --dtype fp8`, or server_model/ of an earlier run) and --custom-weight-loader {FP8_REPORT}, and "
+            "this package installed; the run stops at one that is not so"
         )
 
 
@@ -175,6 +189,78 @@ def _placement(config: RunConfig) -> Iterator[str]:
                 f"rollout.placement: is colocated and the environment has {name}={os.environ[name]}, with which "
                 "SGLang's memory saver does not work; take expandable_segments out"
             )
+
+
+def fp8_rollout_problems(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    """What FP8 rollouts need of the machine, the servers and the model."""
+    if not config.fp8.rollout:
+        return
+    yield from _fp8_servers(config)
+    if hf.mla is not None:
+        yield (
+            f"fp8.rollout: {hf.model_type} has latent attention, whose projections SGLang merges and unpacks for its "
+            "kernels, so that what it holds cannot be verified; set it to false"
+        )
+    if config.fp8.backend == "emulate":
+        if hf.moe is not None:
+            yield (
+                f"fp8.rollout: {hf.model_type} is a mixture of experts, whose FP8 products are not emulated; set it to "
+                "false, or fp8.backend to transformer_engine on a machine with a GPU"
+            )
+        return
+    ranks = config.rollout.server.tensor_parallel
+    for what, size in _fp8_widths(hf, ranks):
+        if size % 128:
+            yield (
+                f"fp8.rollout: {what} are {size} on a rank of a server (rollout.server.tensor_parallel = {ranks}), and "
+                "SGLang's FP8 layers need a multiple of 128; lower rollout.server.tensor_parallel, or set fp8.rollout "
+                "to false"
+            )
+
+
+def _fp8_widths(hf: HFModelConfig, ranks: int) -> Iterator[tuple[str, int]]:
+    """Rows and columns of the quantized weights on one rank of a server."""
+    yield "the hidden columns", hf.hidden_size
+    yield "the rows of the queries", hf.num_heads * hf.head_dim // ranks
+    yield "the rows of the keys", max(hf.num_kv_heads // ranks, 1) * hf.head_dim
+    if hf.moe is None or not all(hf.moe.layers):
+        yield "the MLP's columns", hf.ffn_hidden_size // ranks
+    if hf.moe is not None:
+        yield "the columns of an expert's MLP", hf.moe.ffn_hidden_size // ranks
+        if hf.moe.shared_ffn_hidden_size:
+            yield "the columns of the shared experts' MLP", hf.moe.shared_ffn_hidden_size // ranks
+
+
+def _fp8_servers(config: RunConfig) -> Iterator[str]:
+    server, emulate, gpu = config.rollout.server, config.fp8.backend == "emulate", backend() == "nccl"
+    if emulate and gpu:
+        yield (
+            "fp8.rollout: fp8.backend is emulate, and SGLang computes in real FP8 on this machine's GPU; set "
+            "fp8.backend to transformer_engine"
+        )
+    if not emulate and not gpu:
+        yield (
+            "fp8.rollout: fp8.backend is transformer_engine, and SGLang's FP8 layers need a GPU, which this machine "
+            "does not have; set fp8.backend to emulate"
+        )
+    if server.addresses and emulate:
+        yield (
+            "rollout.server.addresses: names servers that were started elsewhere, and only those that the run starts "
+            "emulate FP8; remove it, or set fp8.rollout to false"
+        )
+    if not emulate and config.model.dtype == "float32":
+        yield (
+            "model.dtype: is float32, and what SGLang's FP8 layers read and write is bfloat16; set it to bfloat16, or "
+            "fp8.rollout to false"
+        )
+    for name in ("quantization", "load_format"):
+        if name in server.args:
+            yield f"rollout.server.args.{name}: is decided by fp8.rollout; remove it"
+    if str(server.args.get("kv_cache_dtype", "auto")).startswith("fp8"):
+        yield (
+            f"rollout.server.args.kv_cache_dtype: is {server.args['kv_cache_dtype']}, and servers of fp8.rollout start "
+            "without weights and have no scales for an FP8 cache; remove it"
+        )
 
 
 def _ranks(config: RunConfig) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from drpo_megatron.config.rollout_checks import placement_notes
+from drpo_megatron.config.rollout_checks import fp8_notes, placement_notes
 from drpo_megatron.config.schema import RunConfig
 
 
@@ -16,6 +16,7 @@ def notes(config: RunConfig) -> list[str]:
         *_sharing_note(config),
         *_timeout_note(config),
         *placement_notes(config),
+        *fp8_notes(config),
         *_determinism_note(config),
     ]
 

@@ -1,7 +1,7 @@
 """The configuration of a run, typed. The help text of a setting is the string under it; an unknown key is an error.
 
-Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, fp8, sync, save,
-tracking.
+Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, fp8, sync,
+save, tracking.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ class SyncConfig(Section):
     """Compare checksums with the server, and log-probs of the probe, after every Nth sync. 0: after the first only."""
     probe_tolerance: float | None = Field(None, gt=0)
     """Stop when trainer and server differ by more than this, in nats, in the log-prob of a token of the probe, a fixed
-    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16."""
+    sequence of random tokens. null: 0.001 for a model in float32, 1 in bfloat16, 5 with fp8.rollout."""
     timeout_s: float = Field(300.0, gt=0)
     """Limit of one sync."""
 
@@ -362,6 +362,15 @@ class Fp8Config(Section):
     health_every: int | None = Field(None, gt=0)
     """Steps from one look at the numbers to the next: largest value, saturated and underflowed share of each quantized
     tensor go to fp8.jsonl of the run, with the cosine between the gradient in FP8 and the one without. null: never."""
+
+    @property
+    def number_format(self) -> Literal["hybrid", "e4m3"]:
+        """`format`, with its default."""
+        return self.format or ("hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3")
+
+    def quantized_layers(self, num_layers: int) -> range:
+        """The layers of a model that are quantized, counted from 0 over the whole model."""
+        return range(self.unquantized_first_layers, num_layers - self.unquantized_last_layers)
 
 
 class SaveConfig(Section):

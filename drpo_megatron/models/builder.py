@@ -20,6 +20,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from drpo_megatron import platform
+from drpo_megatron.config.schema import Fp8Config
+from drpo_megatron.fp8.emulation import emulate
+from drpo_megatron.fp8.recipes import is_emulated, transformer_engine_arguments
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
 from drpo_megatron.models.packs import prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
@@ -80,6 +83,7 @@ def transformer_config(
     deterministic: bool = False,
     accumulate_gradients: bool = False,
     router: RouterTraining | None = None,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
@@ -120,6 +124,7 @@ def transformer_config(
         **full,
         **_moe_arguments(hf, layout, router or RouterTraining(), fused),
         **_mla_arguments(hf),
+        **transformer_engine_arguments(fp8 or Fp8Config()),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
         # With two stages the interleaved schedule sends activations and gradients to the same rank. One batch of
@@ -204,6 +209,7 @@ def build_model(
     device: torch.device | None = None,
     deterministic: bool = False,
     accumulate_gradients: bool = False,
+    fp8: Fp8Config | None = None,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups of `layout` must exist.
 
@@ -212,8 +218,9 @@ def build_model(
     alone. `device`: None is this process's; inside `models.meta.rank_on_meta` it must be the meta device.
     `deterministic`: Transformer Engine refuses kernels that are not; it goes with `platform.determinism.enable`.
     `accumulate_gradients`: linear layers add their weight's gradient to its `main_grad`, where a kernel for it exists;
-    only for a model that `training.optimizer.wrap_data_parallel` then wraps. Raises ValueError when the model does not
-    divide over the layout.
+    only for a model that `training.optimizer.wrap_data_parallel` then wraps. `fp8`: the linear layers' products are in
+    FP8 with its recipe; its emulation needs the local specs. Raises ValueError when the model does not divide over the
+    layout.
     """
     check_layout(hf, layout)
     config = transformer_config(
@@ -225,10 +232,15 @@ def build_model(
         deterministic=deterministic,
         accumulate_gradients=accumulate_gradients,
         router=router,
+        fp8=fp8,
     )
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     device = device or platform.device()
-    return [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]
+    chunks = [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]
+    if fp8 is not None and is_emulated(fp8):
+        for chunk in chunks:
+            emulate(chunk, fp8)
+    return chunks
 
 
 def _build_chunk(

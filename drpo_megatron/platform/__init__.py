@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["activate", "backend", "device", "has_cuda", "peak_flops_per_s", "peak_memory_bytes", "spec_backend"]
+__all__ = [
+    "activate",
+    "backend",
+    "compute_capability",
+    "device",
+    "has_cuda",
+    "peak_flops_per_s",
+    "peak_memory_bytes",
+    "spec_backend",
+]
 
 
 def has_cuda() -> bool:
@@ -43,6 +52,13 @@ def device() -> torch.device:
 def backend() -> Literal["nccl", "gloo"]:
     """The torch.distributed backend of the model-parallel groups."""
     return "nccl" if has_cuda() else "gloo"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this process's device, as (9, 0) for an H100; None without a CUDA device."""
+    import torch
+
+    return torch.cuda.get_device_capability() if has_cuda() else None
 
 
 def spec_backend() -> Literal["transformer_engine", "local"]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from drpo_megatron import platform
+from drpo_megatron.platform.sglang_cpu import EMULATE_FP8
 
 _CPU_ARGS: dict[str, Any] = {
     "device": "cpu",
@@ -53,13 +54,14 @@ def sglang_launch_command(
     devices: Sequence[int] | None,
     index: int = 0,
     colocated: bool = False,
+    emulate_fp8: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """Command and environment of this host's server number `index`, with the command line `args`.
 
     With CUDA it is SGLang's own launcher on the `index`-th `tensor_parallel` of `devices`, by default of those behind
     the devices of this node's training ranks; `colocated`: of those ranks' own, with SGLang's memory saver, which lets
     it give device memory back. Without CUDA it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel
-    rank, and `colocated` changes nothing.
+    rank, and `colocated` changes nothing. `emulate_fp8`: let a server without CUDA compute FP8 models.
     """
     # a rendezvous in the server must not take part in the trainer's
     env = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES and not k.startswith("TORCHELASTIC_")}
@@ -76,6 +78,8 @@ def sglang_launch_command(
         return [sys.executable, "-m", "sglang.launch_server", *args, *saver], env
     env["OMP_NUM_THREADS"] = str(threads)
     env["SGLANG_USE_CPU_ENGINE"] = "1"
+    if emulate_fp8:
+        env[EMULATE_FP8] = "1"
     if tensor_parallel > 1:
         # without it SGLang wants a NUMA node a rank
         cores, first = sorted(os.sched_getaffinity(0)), index * tensor_parallel

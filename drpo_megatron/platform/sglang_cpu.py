@@ -14,6 +14,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+EMULATE_FP8 = "DRPO_EMULATE_FP8"
+"""Environment variable with which the server computes FP8 models: see `platform.sglang_cpu_fp8`."""
+
 
 class _KernelStandIn(ModuleType):
     """Takes the place of `sgl_kernel`, whose CUDA libraries do not load here. Calling a function of it raises."""
@@ -129,6 +132,10 @@ def main() -> None:
 
     if "--enable-deterministic-inference" in sys.argv:
         allow_deterministic_inference()
+    if EMULATE_FP8 in os.environ:
+        from drpo_megatron.platform import sglang_cpu_fp8
+
+        sglang_cpu_fp8.install()
     arguments = prepare_server_args(sys.argv[1:])
     fork_workers()
     try:

@@ -100,11 +100,13 @@ class ServerAdmin:
         self._call("POST", "/update_weights_from_tensor", body, timeout_s)
 
     def update_weights_from_disk(self, *, model_path: str, timeout_s: float) -> None:
-        """Load a Hugging Face directory. It must not stand in a weight update; it drops the prefix cache.
+        """Load a Hugging Face directory, whatever the server started with. It must not stand in a weight update; it
+        drops the prefix cache.
 
         The server's first rank answers: others may read the directory until `wait_for_ranks` has returned.
         """
-        self._call("POST", "/update_weights_from_disk", {"model_path": model_path, "flush_cache": True}, timeout_s)
+        body = {"model_path": model_path, "load_format": "safetensors", "flush_cache": True}
+        self._call("POST", "/update_weights_from_disk", body, timeout_s)
 
     def release_memory(self, tags: Sequence[MemoryTag], timeout_s: float) -> None:
         """Give back the device memory of `tags` and forget what it holds; released KV takes the prefix cache along.

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from drpo_megatron.config.schema import RunConfig, ServerConfig
+from drpo_megatron.fp8.rollout import server_model, server_settings
 from drpo_megatron.rollout.errors import ServerError, ServerGaveUp, ServersFailed, ServerStartError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.member import Fault, Member, State
@@ -347,11 +348,12 @@ class Fleet:
 
 
 def fleet_of(config: RunConfig) -> Fleet:
-    """The servers that a run's configuration asks for, not started. The model's directory must exist.
+    """The servers that a run's configuration asks for, not started. The model's directory must exist, and the one of
+    `fp8.rollout` when they start.
 
     Raises ServerStartError for arguments that SGLang does not have and an API key that is not in the environment.
     """
-    settings = config.rollout.server
+    settings = server_settings(config)
     api_key = api_key_of(settings)
     log_directory = config.run_directory / "log"
     servers: list[Server] = [ExternalServer(url, api_key) for url in settings.addresses]
@@ -360,7 +362,7 @@ def fleet_of(config: RunConfig) -> Fleet:
         servers = [
             SGLangServer(
                 with_delta_loader(settings) if config.sync.transport == "delta" else settings,
-                config.model.path,
+                server_model(config),
                 config.model.dtype,
                 config.seed,
                 log_directory / f"server-{index}.log",
@@ -369,6 +371,7 @@ def fleet_of(config: RunConfig) -> Fleet:
                 api_key=api_key,
                 colocated=config.rollout.placement == "colocated",
                 deterministic=config.training.deterministic,
+                emulate_fp8=config.fp8.rollout and config.fp8.backend == "emulate",
             )
             for index in range(settings.count)
         ]

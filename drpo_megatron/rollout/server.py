@@ -68,8 +68,8 @@ class SGLangServer:
     `index`: its place among the servers of this host, which decides its devices and port. `routed_experts`: keep the
     experts of every token for the answers that ask for them; a mixture of experts only. `api_key`: what every request
     must carry. `colocated`: on the trainer's devices, whose memory it can give back. `deterministic`: what it samples
-    depends on the request and its seed alone, and not on other requests. Raises ServerStartError for
-    arguments that the installed SGLang does not have.
+    depends on the request and its seed alone, and not on other requests. `emulate_fp8`: without a GPU, compute a model
+    in FP8 by rounding. Raises ServerStartError for arguments that the installed SGLang does not have.
     """
 
     def __init__(
@@ -85,10 +85,12 @@ class SGLangServer:
         api_key: str | None = None,
         colocated: bool = False,
         deterministic: bool = False,
+        emulate_fp8: bool = False,
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
         self._colocated = colocated
+        self._emulate_fp8 = emulate_fp8
         self._index = index
         self.log_path = log_path
         self._api_key = api_key
@@ -133,6 +135,7 @@ class SGLangServer:
             devices=self._config.devices,
             index=self._index,
             colocated=self._colocated,
+            emulate_fp8=self._emulate_fp8,
         )
 
     def start(self) -> None:

@@ -16,6 +16,8 @@ from drpo_megatron.rollout.errors import ServerStartError
 
 # Where a server finds the receiving end of the delta transport; it is imported there, at the first push.
 DELTA_LOADER = "drpo_megatron.sync.delta_loader.load"
+# And the function that says which of its layers are in FP8.
+FP8_REPORT = "drpo_megatron.fp8.server_report.report"
 
 
 @functools.cache
@@ -88,10 +90,14 @@ def check_arguments(arguments: Mapping[str, Any], reserved: Mapping[str, str]) -
             raise ServerStartError(f"rollout.server.args.{name} is not an argument of the installed SGLang{hint}")
 
 
-def with_delta_loader(config: ServerConfig) -> ServerConfig:
-    """The server's configuration with our loader besides those that its arguments name."""
-    loaders = [*config.args.get("custom_weight_loader", []), DELTA_LOADER]
+def with_loader(config: ServerConfig, loader: str) -> ServerConfig:
+    """The server's configuration with `loader` besides those that its arguments name."""
+    loaders = [*config.args.get("custom_weight_loader", []), loader]
     return config.model_copy(update={"args": config.args | {"custom_weight_loader": loaders}})
+
+
+def with_delta_loader(config: ServerConfig) -> ServerConfig:
+    return with_loader(config, DELTA_LOADER)
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -16,13 +16,10 @@ one when the transport connects, the other in the last whole push.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import pickle
 import secrets
 import tempfile
 import time
-from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +33,7 @@ from drpo_megatron.sync.buckets import Bucket
 from drpo_megatron.sync.delta_codec import coding_seconds, encode
 from drpo_megatron.sync.delta_loader import Answer, Header, Layout, Mark
 from drpo_megatron.sync.disk import remove
+from drpo_megatron.sync.loader_call import payload
 from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
 
@@ -219,16 +217,5 @@ class _Loading:
         return answers
 
 
-class _NoElements:
-    """A tensor without elements that pickles as a call. Megatron-Core, once imported, changes how a tensor's storage is
-    pickled, and SGLang refuses to read that.
-    """
-
-    def __reduce__(self) -> tuple[type[torch.Tensor], tuple[()]]:
-        return torch.Tensor, ()
-
-
 def _payload(bucket: Path | None, answer: Path) -> str:
-    """A request as SGLang passes it to the loader: the name of a tensor without elements."""
-    request = json.dumps({"bucket": None if bucket is None else str(bucket.resolve()), "answer": str(answer.resolve())})
-    return b64encode(pickle.dumps([(request, _NoElements())])).decode("ascii")
+    return payload({"bucket": None if bucket is None else str(bucket.resolve()), "answer": str(answer.resolve())})

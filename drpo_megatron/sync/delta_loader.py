@@ -14,7 +14,6 @@ Loading into a model on a device has not been run: see docs/gpu-checklist.md.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 
 from drpo_megatron.sync.delta_codec import DamagedDelta, decode
+from drpo_megatron.sync.loader_call import write_answer
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 2**26
@@ -183,14 +183,7 @@ def load(model: Model, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
             refused = f"{type(error).__name__}: {error}"
         else:
             model.load_weights(tensors)
-    answer = Path(paths["answer"])
-    unfinished = answer.with_suffix(".unfinished")
-    try:
-        unfinished.write_text(json.dumps(asdict(Answer(_base.mark, refused, read_s))))
-        os.replace(unfinished, answer)
-    except OSError as error:
-        # The trainer finds no answer and says so.
-        print(f"no answer can be written to {answer}: {error}", flush=True)
+    write_answer(Path(paths["answer"]), json.dumps(asdict(Answer(_base.mark, refused, read_s))))
 
 
 def _shapes(shapes: list[list[int]]) -> tuple[tuple[int, ...], ...]:

@@ -1,8 +1,9 @@
 """Checksums that prove the server holds what the trainer sent.
 
 SGLang's `/weights_checker` hashes each parameter of each tensor-parallel rank in its own layout: q, k and v fused, gate
-and up fused, experts stacked, the vocabulary padded. `ExpectedChecksums` builds the same parameters from the stream of
-Hugging Face tensors, one at a time, and hashes them the same way. Equality is bitwise: one changed element shows.
+and up fused, experts stacked, the vocabulary padded, FP8 multiplied with its scales. `ExpectedChecksums` builds the
+same parameters from the stream of Hugging Face tensors, one at a time, and hashes them the same way. Equality is
+bitwise: one changed element shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from drpo_megatron.models.families import FAMILIES
 from drpo_megatron.platform.sglang import feed_forward_multiple
 from drpo_megatron.rollout.errors import ServerError
+from drpo_megatron.weights import fp8
 
 _VOCAB_PADDING = 64  # sglang.srt.layers.vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
 _FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)} | {
@@ -85,27 +87,61 @@ class ServerLayout:
             config.get("model_type") in _ZERO_CENTERED,
         )
 
+    def parameter(self, name: str) -> tuple[str, int, int]:
+        """Server parameter of a Hugging Face tensor, the tensor's position in it, and how many tensors make it up.
+
+        Raises ValueError for an expert of a model whose count of experts is not known.
+        """
+        if match := _EXPERT.match(name):
+            if not self.num_experts:
+                raise ValueError(f"{name} is an expert and the model's config.json has no expert count that is known")
+            expert, projection = int(match["expert"]), _EXPERT_PARTS[match["projection"]]
+            if projection == "down_proj":
+                return f"{match['prefix']}.w2_weight", expert, self.num_experts
+            position = 2 * expert + (projection == "up_proj")
+            return f"{match['prefix']}.w13_weight", position, 2 * self.num_experts
+        if (match := _PROJECTION.match(name)) and match["projection"] in _FUSED:
+            fused, position = _FUSED[match["projection"]]
+            return f"{match['prefix']}{fused}.{match['kind']}", position, _FUSED_PARTS[fused]
+        return name, 0, 1
+
 
 class ExpectedChecksums:
     """Collects the checksums that the server must report, from Hugging Face tensors in any order.
 
     `add` keeps a tensor (not a copy: it must not change) until the server parameter it belongs to is complete; in the
-    order of a checkpoint that is at most one fused projection, or the experts of one layer.
+    order of a checkpoint that is at most one fused projection, or the experts of one layer; a weight in FP8 is kept
+    until its scales come.
     """
 
     def __init__(self, layout: ServerLayout, device: torch.device) -> None:
         self._layout = layout
         self._device = device
+        self._halves: dict[str, dict[str, torch.Tensor]] = {}
         self._parts: dict[str, dict[int, tuple[str, torch.Tensor]]] = {}
         self._sources: dict[str, list[str]] = {}
         self._checksums: list[dict[str, str]] = [{} for _ in range(layout.tensor_parallel)]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take the full Hugging Face tensor `name`. Raises ValueError when the server's ranks cannot divide it."""
-        tensor = tensor.detach().to(self._device, self._layout.dtype)
+        """Take the full Hugging Face tensor `name`. Raises ValueError when the server's ranks cannot divide it.
+
+        A weight in FP8 is taken with its scales: of the two SGLang hashes the product, rounded to bfloat16
+        (`sglang.srt.utils.weight_checker_comparator.Fp8BlockComparable`).
+        """
+        weight = name.removesuffix(fp8.SCALE_SUFFIX)
+        if tensor.dtype is fp8.FP8 or weight != name:
+            pair = self._halves.setdefault(weight, {})
+            pair[name] = tensor.detach().to(self._device)
+            if len(pair) == 2:
+                del self._halves[weight]
+                self._add(weight, fp8.dequantize(pair[weight], pair[weight + fp8.SCALE_SUFFIX]).to(torch.bfloat16))
+        else:
+            self._add(name, tensor.detach().to(self._device, self._layout.dtype))
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
         if self._layout.zero_centered_norms and name.endswith("norm.weight"):
             tensor = tensor + 1
-        parameter, position, count = self._place(name)
+        parameter, position, count = self._layout.parameter(name)
         parts = self._parts.setdefault(parameter, {})
         parts[position] = (name, tensor)
         if len(parts) < count:
@@ -122,6 +158,11 @@ class ExpectedChecksums:
 
         Raises SyncMismatch with the Hugging Face names of everything that differs, was not sent, or has no counterpart.
         """
+        if self._halves:
+            raise SyncMismatch(
+                [name for pair in self._halves.values() for name in pair],
+                "FP8 was sent without its scales or reversely",
+            )
         if self._parts:
             sent = [name for parts in self._parts.values() for name, _ in parts.values()]
             raise SyncMismatch(sent, "only a part of a fused parameter was sent")
@@ -137,21 +178,6 @@ class ExpectedChecksums:
         if differing:
             raise SyncMismatch(self._names(differing), "values differ")
         return len(expected[0])
-
-    def _place(self, name: str) -> tuple[str, int, int]:
-        """Server parameter of a Hugging Face tensor, the tensor's position in it, and how many tensors make it up."""
-        if match := _EXPERT.match(name):
-            if not self._layout.num_experts:
-                raise ValueError(f"{name} is an expert and the model's config.json has no expert count that is known")
-            expert, projection = int(match["expert"]), _EXPERT_PARTS[match["projection"]]
-            if projection == "down_proj":
-                return f"{match['prefix']}.w2_weight", expert, self._layout.num_experts
-            position = 2 * expert + (projection == "up_proj")
-            return f"{match['prefix']}.w13_weight", position, 2 * self._layout.num_experts
-        if (match := _PROJECTION.match(name)) and match["projection"] in _FUSED:
-            fused, position = _FUSED[match["projection"]]
-            return f"{match['prefix']}{fused}.{match['kind']}", position, _FUSED_PARTS[fused]
-        return name, 0, 1
 
     def _shard(self, name: str, whole: torch.Tensor, rank: int) -> torch.Tensor:
         """The part of a Hugging Face tensor that `rank` of the server holds."""

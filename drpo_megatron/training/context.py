@@ -21,11 +21,13 @@ def sequence_multiple(layout: ParallelLayout) -> int:
     return 2 * layout.context if layout.context > 1 else 1
 
 
-def pack_multiple(layout: ParallelLayout) -> int:
+def pack_multiple(layout: ParallelLayout, tokens: int = 1) -> int:
     """What the length of a pack must be a multiple of, so that each context-parallel rank's part of it divides over the
     tensor-parallel ranks of sequence parallelism, and padding is a sequence like the others.
+
+    tokens: what a rank's matrix products need their number of tokens to be a multiple of (`fp8.recipes`).
     """
-    part = layout.tensor if layout.sequence_parallel else 1
+    part = tokens * (layout.tensor if layout.sequence_parallel else 1)
     return layout.context * (math.lcm(2, part) if layout.context > 1 else part)
 
 

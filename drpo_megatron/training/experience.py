@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.data import load_prompts
+from drpo_megatron.fp8 import audit
+from drpo_megatron.fp8.rollout import RolloutWeights, server_model
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.admin import ServerAdmin
@@ -49,10 +51,14 @@ class Experience:
         self._groups: list[RolloutGroup] = []
         self.sync_metrics: Metrics = {}
         self._version = 0
+        self._audited = False
 
     def __enter__(self) -> Self:
         config = self.config
         with contextlib.ExitStack() as started:
+            self.fp8_weights = RolloutWeights.of(config)
+            if self.fp8_weights:
+                self.fp8_weights.write_model(config)
             self.fleet = started.enter_context(fleet_of(config))
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
             self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
@@ -67,11 +73,11 @@ class Experience:
                 abort=self._abort,
             )
             started.enter_context(self.producer)
-            layout = ServerLayout.from_config(
+            self._layout = ServerLayout.from_config(
                 config.model.path, config.rollout.server.tensor_parallel, getattr(torch, config.model.dtype)
             )
             directory = config.run_directory / "sync"
-            self.weights = WeightSync(config.sync, layout, config.model.path, directory, self.fleet.api_key)
+            self.weights = WeightSync(config.sync, self._layout, server_model(config), directory, self.fleet.api_key)
             started.callback(self.weights.close, servers_alive=False)
             self.resources = started.pop_all()
         return self
@@ -121,12 +127,13 @@ class Experience:
         return self.fleet.states()
 
     def push_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> bool:
-        """Send the stream of full tensors to the servers that are up; wait for one if none is. False when one of them
-        died meanwhile, or there is none and the run was told to stop; the stream is used up either way.
+        """Send the stream of full tensors to the servers that are up, quantized for FP8 rollouts; wait for one if none
+        is. False when one of them died meanwhile, or there is none and the run was told to stop; the stream is used up
+        either way.
 
         Raises SyncMismatch when a server then holds something else, ServerGaveUp when no server is left for good.
         """
-        stream = itertools.chain.from_iterable(buckets)
+        stream = itertools.chain.from_iterable(self.fp8_weights.stream(buckets) if self.fp8_weights else buckets)
         try:
             with self.fleet.paused():
                 self.fleet.wait_any(self._stopped)
@@ -135,6 +142,7 @@ class Experience:
                     raise ServersFailed({})
                 self.weights.connect(urls)
                 report = self.weights.push(stream, version, stay_paused=self.fleet.is_lent)
+                self._audit(urls)
         except ServerError as error:
             for _ in stream:
                 pass
@@ -158,6 +166,16 @@ class Experience:
         if report.delta_share is not None:
             self.sync_metrics["sync/delta_share"] = report.delta_share
         return True
+
+    def _audit(self, urls: Sequence[str]) -> None:
+        """Once, when no server generates yet: whether they compute those layers in FP8 that they should."""
+        if self.fp8_weights is None or self._audited:
+            return
+        quantized, directory = self.fp8_weights.quantized, self.config.run_directory
+        timeout_s, api_key = self.config.sync.timeout_s, self.fleet.api_key
+        found = audit.audit_servers(urls, self._layout, quantized, directory, timeout_s, api_key)
+        audit.record(directory, "servers", found)
+        self._audited = True
 
     def probe_is_due(self) -> bool:
         """Whether the last push was verified."""

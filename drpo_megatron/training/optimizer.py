@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.recipes import uses_transformer_engine
 
 
 def wrap_data_parallel(
@@ -24,13 +25,14 @@ def wrap_data_parallel(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_parameters: int | None = None,
+    fp8_parameters: bool = False,
 ) -> list[torch.nn.Module]:
     """Megatron DDP around each model chunk. Gradients are summed in fp32 and never averaged.
 
     The loss already carries its global denominator (`TrainBatch.weights_T`), so finalizing must not divide by a token
     count: the count that Megatron's schedule hands over is dropped here. The keywords are the settings of that name in
     the optimizer section. With `overlap_param_gather`, parameters of other ranks' shards are those before the last
-    update until a forward or `start_param_sync` has gathered them.
+    update until a forward or `start_param_sync` has gathered them. `fp8_parameters`: they are gathered in FP8.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -38,6 +40,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,
         bucket_size=bucket_parameters,
+        fp8_param_gather=fp8_parameters,
         check_for_nan_in_grad=False,
     )
     wrapped = [
@@ -79,6 +82,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=settings.distributed,
             overlap_param_gather=settings.overlap_param_gather,
+            fp8_recipe=config.fp8.recipe if uses_transformer_engine(config.fp8) else None,
         ),
         chunks,
     )

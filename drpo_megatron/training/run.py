@@ -13,6 +13,8 @@ import torch.distributed as dist
 from drpo_megatron.algorithms import compute_advantages
 from drpo_megatron.checkpoint.saver import Saver
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8 import audit
+from drpo_megatron.fp8.selection import Selection
 from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0
@@ -48,6 +50,7 @@ class Run:
         self.last_metrics: Metrics = {}
         self.watchdog = watchdog
         self.timer = VerbTimer(watchdog.watch)
+        self._audited = False
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as started:
@@ -124,8 +127,19 @@ class Run:
         with self.timer("train"):
             self.placement.for_training()
             result = self.policy.update(sequences, self.version)
+            self._audit()
         self.version += result.applied
         return result
+
+    def _audit(self) -> None:
+        """After the first update: whether the trainer computes those layers in FP8 that it should."""
+        config, hf = self.config, self.policy.hf
+        if config.fp8.recipe is None or self._audited:
+            return
+        found = audit.audit_trainer(self.policy.modules, hf, Selection.of(config.fp8, hf.num_layers))
+        if self.experience:
+            audit.record(config.run_directory, "trainer", found)
+        self._audited = True
 
     def sync(self) -> None:
         """Bring the servers' weights to this version, and verify them."""

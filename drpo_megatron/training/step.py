@@ -14,10 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drpo_megatron.algorithms import TokenStats
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.recipes import layer_backend, token_multiple
 from drpo_megatron.models.builder import build_model, forward_packed, output_weight
 from drpo_megatron.models.flops import SequenceCost, training_flops
 from drpo_megatron.models.hf_config import HFModelConfig
-from drpo_megatron.platform import device, spec_backend
+from drpo_megatron.platform import device
 from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.context import pack_multiple, sequence_multiple, split_context
 from drpo_megatron.training.objective import MicroBatchReport, Objective
@@ -58,17 +59,19 @@ class Policy:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.layout = config.layout
-        self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context, spec_backend())
+        backend = layer_backend(config.fp8)
+        self.sharing = sharing_mode(config.training.shared_prefix, self.layout.context, backend)
         self.hf = HFModelConfig.load(config.model.path)
         modules = build_model(
             self.hf,
             self.layout,
             params_dtype=getattr(torch, config.model.dtype),
             recompute=config.model.recompute,
-            spec_backend=spec_backend(),
+            spec_backend=backend,
             deterministic=config.training.deterministic,
             accumulate_gradients=True,
             router=router_training(config.model),
+            fp8=config.fp8,
         )
         load_hf(modules, config.model.path, self.hf)
         self.chunks = wrap_data_parallel(
@@ -77,6 +80,7 @@ class Policy:
             overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
             overlap_param_gather=config.optimizer.overlap_param_gather,
             bucket_parameters=config.optimizer.bucket_parameters,
+            fp8_parameters=config.fp8.parameters,
         )
         self._weights_are_whole = True
         self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
@@ -107,7 +111,7 @@ class Policy:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=self.layout.data,
             token_budget=self.config.training.tokens_per_micro_batch,
-            pad_multiple=pack_multiple(self.layout),
+            pad_multiple=pack_multiple(self.layout, token_multiple(self.config.fp8)),
             sequence_multiple=sequence_multiple(self.layout),
             cost=self.cost,
             count_multiple=self.layout.pipeline if self.layout.virtual_pipeline else 1,

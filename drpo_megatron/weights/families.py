@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from drpo_megatron.models.families import FAMILIES, TensorNames
@@ -50,12 +50,15 @@ class WeightTable:
             raise KeyError(f"no rule in the weight map for the Megatron-Core parameter {name}")
         return rules[key]
 
+    def parameters(self) -> Iterator[tuple[str, WeightRule]]:
+        """(name, rule) of the whole model, a parameter under each of its names."""
+        yield from self.edges.items()
+        for number in range(self.num_layers):
+            yield from ((f"decoder.layers.{number}.{name}", rule) for name, rule in self.layer(number).items())
+
     def hf_names(self) -> set[str]:
         """Every Hugging Face tensor of the model."""
-        rules = [*self.edges.values()]
-        for number in range(self.num_layers):
-            rules += self.layer(number).values()
-        return {name for rule in rules for name in rule.hf_names}
+        return {name for _, rule in self.parameters() for name in rule.hf_names}
 
     def is_mtp(self, hf_name: str) -> bool:
         """Whether the tensor belongs to a multi-token-prediction layer: files hold those, and the policy has none."""
@@ -177,6 +180,12 @@ def global_name(name: str, first_layer: int, first_expert: int = 0) -> str:
         name = f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}"
     match = _LAYER_NAME.fullmatch(name)
     return f"decoder.layers.{int(match[1]) + first_layer}.{match[2]}" if match else name
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter belongs to; None for one outside the layers."""
+    match = _LAYER_NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def expert_of(name: str) -> int | None:

@@ -34,7 +34,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A block's largest value becomes 448. A block of zeros has scale 1.
     """
     rows, columns = scale_shape(tuple(weight.shape))
-    padded = torch.zeros(rows * BLOCK, columns * BLOCK, dtype=torch.float32)
+    padded = torch.zeros(rows * BLOCK, columns * BLOCK, dtype=torch.float32, device=weight.device)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     blocks = padded.view(rows, BLOCK, columns, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))

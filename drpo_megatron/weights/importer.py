@@ -58,6 +58,9 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: str | Path, hf: HFM
                 f"and config.json asks for {tuple(parameter.shape)}"
             )
         parameter.copy_(shard)
+        if hasattr(parameter, "get_high_precision_init_val"):
+            # An FP8 parameter of Transformer Engine's: the optimizer makes its main weight from this, and drops it.
+            parameter.get_high_precision_init_val().copy_(shard)
         consumed.update(rule.hf_names)
     everywhere: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, consumed, group=control_group())
