@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 from drpo_megatron.config import ConfigError, check_config
+from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.study import grid
 from drpo_megatron.study.grid import Job, Study
 from drpo_megatron.study.page import write_page
 from drpo_megatron.study.plots import draw_all
+from drpo_megatron.study.pool import WorkersFailed, run_jobs
 from drpo_megatron.study.records import Record, Records
 from drpo_megatron.study.report import write_report
 
@@ -60,8 +62,6 @@ def check(study: Study, jobs: list[Job]) -> None:
 
 
 def make_runs(study: Study, jobs: list[Job], records: Records, parsed: argparse.Namespace) -> None:
-    from drpo_megatron.study.pool import run_jobs
-
     with records.held():
         missing = records.missing(jobs, study.digest, parsed.retry_failed)
         print(f"{len(jobs)} runs, {len(missing)} of them to be made by {parsed.workers} workers", flush=True)
@@ -100,6 +100,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"fp8_stability: {error}", file=sys.stderr)
         return 2
+    except (ServerStartError, WorkersFailed) as error:
+        print(f"fp8_stability: stopped, and goes on when it is called again: {error}", file=sys.stderr)
+        return 1
     if not found:
         print("fp8_stability: there are no runs to report on", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from pathlib import Path
 from drpo_megatron import platform
 from drpo_megatron.platform.process import HUGE_PAGES, stop_group
 from drpo_megatron.platform.versions import versions
+from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.study.grid import Job, Study
 from drpo_megatron.study.records import Record
 from drpo_megatron.study.worker import Task
@@ -33,8 +34,8 @@ class WorkersFailed(RuntimeError):
 def run_jobs(study: Study, jobs: Sequence[Job], scratch: Path, workers: int, keep: Callable[[Record], None]) -> None:
     """Make all of `jobs`, in about their order; `keep` gets each record when its run ended, one at a time.
 
-    scratch: for logs, and the runs while they go on. Raises WorkersFailed when a worker died too often, and what `keep`
-    raises; no process is left then.
+    scratch: for logs, and the runs while they go on. Raises ServerStartError, WorkersFailed when a worker died too often,
+    and what `keep` raises; no process is left then.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
@@ -114,7 +115,10 @@ class _Member(threading.Thread):
                 except queue.Empty:
                     return True
                 connection.send(task)
-                self._keep(connection.recv())
+                answer: Record | ServerStartError = connection.recv()
+                if isinstance(answer, ServerStartError):
+                    raise answer
+                self._keep(answer)
             return True
         except (EOFError, OSError):
             code = self._process.wait()

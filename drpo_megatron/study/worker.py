@@ -6,7 +6,8 @@ run replaces all its weights, drops its cache and names them version 0. Each run
 a fork of this one, which has imported everything and touched nothing. With a CUDA device it is started afresh, because
 CUDA does not survive a fork (not run: see docs/gpu-checklist.md).
 
-Protocol: a pickled `Task` from the pool, the pickled `Record` back; it ends when its connection is closed.
+Protocol: a pickled `Task` from the pool, the pickled `Record` back, or the error of a server that does not start; it
+ends when its connection is closed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from drpo_megatron import platform
 from drpo_megatron.config import RunConfig
+from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.observability.curves import read_metrics
 from drpo_megatron.platform.process import die_with_parent
 from drpo_megatron.platform.versions import versions
@@ -55,21 +56,22 @@ class Task:
 
 @dataclass
 class KeptServer:
-    """A rollout server that outlives runs. `starts` counts."""
+    """A rollout server that outlives runs."""
 
-    starts: int = 0
     _server: SGLangServer | None = None
     _command: tuple[list[str], dict[str, str]] = field(default_factory=lambda: ([], {}))
 
     def url(self, config: RunConfig) -> str:
         """Of a server as `config` asks for, started or kept. Raises ServerStartError."""
-        (server,) = fleet_of(config.model_copy(update={"name": f"server-{os.getpid()}", "seed": 0})).servers
+        config = config.model_copy(update={"name": f"server-{os.getpid()}", "seed": 0})
+        (server,) = fleet_of(config).servers
         assert isinstance(server, SGLangServer)
         command = server.command()
         if self._server is None or command != self._command or not self._server.healthy():
             self.stop()
             self._server, self._command = server, command
-            self.starts += 1
+            if weights := RolloutWeights.of(config):
+                weights.write_model(config)
             server.start()
             server.wait_ready()
         return self._server.url
@@ -81,26 +83,18 @@ class KeptServer:
 
 
 def make(task: Task, server: KeptServer) -> Record:
-    """Make one run."""
+    """Make one run. Raises ServerStartError."""
     study, job = task.study, task.job
     own = [f"tracking.directory={task.scratch}"]
     config = study.config(job, own)
     shutil.rmtree(config.run_directory, ignore_errors=True)  # of a study that was killed in it
+    url = server.url(config)
     start = time.monotonic()
-    rows: list[dict[str, float]] = []
-    status: Status
-    try:
-        url = server.url(config)
-    except ServerStartError as error:
-        status, reason = "failed", str(error).splitlines()[0]
-    else:
-        start = time.monotonic()
-        config = study.config(job, [*own, f"rollout.server.addresses=[{url}]"])
-        prepare_run_directory(config)
-        code = run_rank(config)
-        if (config.run_directory / "metrics.jsonl").exists():
-            rows = _rows(config)
-        status, reason = _ending(config, code, len(rows))
+    config = study.config(job, [*own, f"rollout.server.addresses=[{url}]"])
+    prepare_run_directory(config)
+    code = run_rank(config)
+    rows = _rows(config)
+    status, reason = _ending(config, code, len(rows))
     if status == "failed":
         server.stop()  # what state it is in is not known
     elif status == "done":
@@ -160,16 +154,20 @@ def _ending(config: RunConfig, code: int, steps: int) -> tuple[Status, str]:
     return ("non_finite" if non_finite else "failed"), message
 
 
-def serve(connection: Connection, modules: Sequence[str] = _IMPORTED_BEFORE) -> None:
+def serve(connection: Connection) -> None:
     """Answer tasks until the other side closes."""
     if not platform.has_cuda():
         platform.activate()
-        for module in modules:
+        for module in _IMPORTED_BEFORE:
             importlib.import_module(module)
     server = KeptServer()
     try:
         while True:
-            connection.send(make(connection.recv(), server))
+            task = connection.recv()
+            try:
+                connection.send(make(task, server))
+            except ServerStartError as error:  # it would hit the next run too: the study stops
+                connection.send(error)
     except (EOFError, BrokenPipeError):
         return
     finally:
