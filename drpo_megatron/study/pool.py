@@ -34,8 +34,8 @@ class WorkersFailed(RuntimeError):
 def run_jobs(study: Study, jobs: Sequence[Job], scratch: Path, workers: int, keep: Callable[[Record], None]) -> None:
     """Make all of `jobs`, in about their order; `keep` gets each record when its run ended, one at a time.
 
-    scratch: for logs, and the runs while they go on. Raises ServerStartError, WorkersFailed when a worker died too often,
-    and what `keep` raises; no process is left then.
+    scratch: for logs, and the runs while they go on. Raises ServerStartError, WorkersFailed when a worker died too
+    often, and what `keep` raises; no process is left then.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""tools/fp8_stability.py as a user runs it: two cells with the real server, a kill in the middle, and what is written."""
+"""tools/fp8_stability.py as a user runs it: two cells with the real server, a kill in the middle, what is written."""
 
 from __future__ import annotations
 
