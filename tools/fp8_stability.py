@@ -5,7 +5,7 @@
     python tools/fp8_stability.py --report-only --html fp8-stability.html
 
 A run that has a record in OUT/fp8-stability/ is not made again, whatever ended the study before. Definitions and
-statistics: docs/results/fp8-stability.md. Needs no GPU; with one, --set fp8.backend=transformer_engine.
+statistics: docs/results/fp8-stability.md. Needs no GPU; with one, --backend transformer_engine.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(grid.SEEDS), metavar="SEED")
     parser.add_argument("--no-deltas", action="store_true", help="leave the δ study out")
     parser.add_argument("--updates", type=int, help="optimizer updates of a run; default: training.steps of the recipe")
+    parser.add_argument("--backend", default="emulate", choices=("emulate", "transformer_engine"), help="of FP8")
     parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one a core")
     parser.add_argument("--out", type=Path, default=RESULTS, help="gets fp8-stability.md and fp8-stability/")
@@ -87,7 +88,7 @@ def make_runs(study: Study, jobs: list[Job], records: Records, parsed: argparse.
 
 def main() -> int:
     parsed = parse_arguments()
-    study = Study(parsed.config, tuple(parsed.settings), parsed.updates)
+    study = Study(parsed.config, tuple(parsed.settings), parsed.backend, parsed.updates)
     cells = grid.main_grid(parsed.losses, parsed.precisions, parsed.staleness)
     if not parsed.no_deltas:
         cells += grid.delta_grid()

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -87,11 +87,12 @@ class Job:
 @dataclass(frozen=True)
 class Study:
     """A configuration with the settings that hold for every run of it. `updates`: of a run; None takes the recipe's
-    training.steps. Every staleness must divide it.
+    training.steps. Every staleness must divide it. `backend`: fp8.backend of the runs with FP8.
     """
 
     recipe: Path = RECIPE
     settings: tuple[str, ...] = ()
+    backend: Literal["emulate", "transformer_engine"] = "emulate"
     updates: int | None = None
 
     def config(self, job: Job, extra: Sequence[str] = ()) -> RunConfig:
@@ -119,7 +120,7 @@ class Study:
             f"training.steps={updates // cell.staleness}",
             f"training.updates_per_batch={cell.staleness}",
             f"rollout.prompts_per_step={base.rollout.prompts_per_step * cell.staleness}",
-            *PRECISIONS[cell.precision],
+            *((f"fp8.backend={self.backend}", *settings) if (settings := PRECISIONS[cell.precision]) else ()),
         ]
 
     @property
@@ -128,6 +129,7 @@ class Study:
         content: dict[str, Any] = {
             "recipe": yaml.safe_load(self.recipe.read_text()),
             "settings": self.settings,
+            "backend": self.backend,
             "updates": self.updates,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

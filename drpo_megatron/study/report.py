@@ -32,7 +32,8 @@ rollout batch and {{seeds}} seeds: [configs/fp8-stability.yaml](../../configs/fp
 python tools/fp8_stability.py                                          # all; goes on where it was stopped
 python tools/fp8_stability.py --report-only --html fp8-stability.html  # pages from the runs that there are
 drpo bench fp8 --json                                                  # a reduced grid, ten minutes on two cores
-python tools/fp8_stability.py --out runs/fp8-gpu --set fp8.backend=transformer_engine rollout.placement=colocated
+python tools/fp8_stability.py --out runs/fp8-gpu --workers 1 \\
+  --backend transformer_engine --set rollout.placement=colocated
 ```
 
 The last one is for a GPU, which Transformer Engine needs; it has not been run. Without a GPU, FP8 is emulated: the

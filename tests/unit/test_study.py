@@ -76,6 +76,7 @@ def test_cells_differ_in_nothing_but_loss_precision_and_age() -> None:
         assert updates == cell.staleness and config.algorithm.loss == cell.loss
         assert config.algorithm.loss_args == dict(cell.parameters)
         assert config.fp8.rollout == (cell.precision != "bf16")
+        assert config.fp8.backend == ("transformer_engine" if cell.precision == "bf16" else "emulate")
         assert (config.fp8.recipe or "none") in cell.precision or config.fp8.recipe is None
     assert len(totals) == 1 and next(iter(totals))[:2] == (128, 64)
     assert {c.fp8.recipe for c in configs.values()} == {None, *grid.RECIPES}
@@ -227,7 +228,7 @@ def full_record(cell: Cell, seed: int) -> Record:
         reason="",
         seconds=31.4,
         digest="0123456789abcdef",
-        settings=("fp8.backend=transformer_engine",),
+        settings=("optimizer.lr=0.001",),
         versions=dict.fromkeys(packages, "10.10.10"),
         metrics=metrics,
     )
@@ -283,7 +284,17 @@ def test_the_digest_is_of_settings_and_not_of_comments(tmp_path: Path) -> None:
     copy = tmp_path / "recipe.yaml"
     copy.write_text("# another comment\n" + grid.RECIPE.read_text())
     assert Study(copy).digest == Study().digest
-    assert len({Study().digest, Study(settings=("optimizer.lr=1",)).digest, Study(updates=64).digest}) == 3
+    assert (
+        len(
+            {
+                Study().digest,
+                Study(backend="transformer_engine").digest,
+                Study(settings=("optimizer.lr=1",)).digest,
+                Study(updates=64).digest,
+            }
+        )
+        == 4
+    )
 
 
 # --- what is written of it ------------------------------------------------------------------------------------------
