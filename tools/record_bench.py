@@ -22,6 +22,7 @@ TITLES = {
     "sync": "A weight sync over a bare broadcast",
     "checkpoint": "How long a checkpoint holds up training",
     "convert": "A conversion over a bare write of the same bytes",
+    "fp8": "FP8 stability, the reduced grid",
     "step": "Where the time of a step goes",
 }
 LABELS = {

@@ -214,6 +214,10 @@ class Fleet:
             return rows + [line for lines in pool.map(look, seen) for line in lines]
 
     @property
+    def servers(self) -> list[Server]:
+        return [member.server for member in self._members]
+
+    @property
     def restarts(self) -> int:
         """Of all servers and the router."""
         with self._changed:
