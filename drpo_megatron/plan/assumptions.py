@@ -1,0 +1,58 @@
+"""What a plan takes for granted. Every one is printed with the plan, and `--assume NAME=VALUE` sets it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from drpo_megatron.config.load import ConfigError
+from drpo_megatron.config.schema import RunConfig
+
+
+def _assumed(default: float | None, text: str) -> float:
+    return field(default=default, metadata={"text": text})  # type: ignore[no-any-return,call-overload]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Numbers that no configuration file holds. Rates are shares of the data sheet's."""
+
+    prompt_tokens: float = _assumed(None, "mean prompt, in tokens; a quarter of data.max_prompt_tokens")
+    response_tokens: float = _assumed(None, "mean response, in tokens; half of rollout.sampling.max_new_tokens")
+    dense_utilization: float = _assumed(0.55, "share of peak FLOP/s in dense matrix products and attention")
+    expert_utilization: float = _assumed(0.40, "share of peak FLOP/s in the experts' grouped products")
+    link_utilization: float = _assumed(0.75, "share of NVLink and network bandwidth that collectives reach")
+    memory_utilization: float = _assumed(0.65, "share of memory bandwidth that a decode step reaches")
+    decode_layer_us: float = _assumed(20.0, "fixed time of a layer of a decode step, µs: launches, all-reduces")
+    server_memory_fraction: float = _assumed(0.85, "share of a device that a server takes for weights and KV cache")
+    reserved_gb: float = _assumed(5.0, "GB that CUDA, NCCL and the allocator's slack take beside the tensors")
+    imbalance: float = _assumed(1.0, "tokens of the fullest expert rank over the mean one's")
+    sync_bucket_ms: float = _assumed(15.0, "fixed time of a sync bucket, ms: requests, names, loading")
+    host_gb_s: float = _assumed(25.0, "GB/s between a device and host memory")
+    storage_gb_s: float = _assumed(10.0, "GB/s that all ranks together write to or read from storage")
+
+    @classmethod
+    def of(cls, config: RunConfig, given: Sequence[str] = ()) -> Assumptions:
+        """Those of a run; `given` are NAME=VALUE. Raises ConfigError for a name or value that is none."""
+        limits = config.data.max_prompt_tokens / 4, config.rollout.sampling.max_new_tokens / 2
+        server_fraction = config.rollout.server.args.get("mem_fraction_static")
+        made = cls(prompt_tokens=limits[0], response_tokens=limits[1])
+        if isinstance(server_fraction, float):
+            made = replace(made, server_memory_fraction=server_fraction)
+        known = {f.name for f in fields(cls)}
+        for one in given:
+            name, _, value = one.partition("=")
+            if name not in known:
+                raise ConfigError([f"--assume {one}: {name!r} is no assumption; known are {', '.join(sorted(known))}"])
+            try:
+                number = float(value)
+            except ValueError as error:
+                raise ConfigError([f"--assume {one}: {value!r} is not a number; write {name}=NUMBER"]) from error
+            if not number > 0:
+                raise ConfigError([f"--assume {one}: must be above 0; correct the value"])
+            made = replace(made, **{name: number})
+        return made
+
+    def described(self) -> list[tuple[str, float, str]]:
+        """(name, value, meaning) of each."""
+        return [(f.name, getattr(self, f.name), f.metadata["text"]) for f in fields(self)]
