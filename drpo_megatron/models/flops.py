@@ -51,7 +51,7 @@ def training_flops(
 
 
 def layer_weights(hf: HFModelConfig, layer: int) -> int:
-    """Weights of the layer, counted from 0, that each token meets: of its matrices, and of the experts those it takes."""
+    """Weights of a layer, counted from 0, that each token meets: its matrices, and of the experts those it takes."""
     return _attention_weights(hf) + _mlp_weights(hf, layer)
 
 

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.schema import RunConfig
 
 
-def _assumed(default: float | None, text: str) -> float:
-    return field(default=default, metadata={"text": text})  # type: ignore[no-any-return,call-overload]
+def _assumed(text: str, **default: float) -> Any:
+    return field(metadata={"text": text}, **default)
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """Numbers that no configuration file holds. Rates are shares of the data sheet's."""
 
-    prompt_tokens: float = _assumed(None, "mean prompt, in tokens; a quarter of data.max_prompt_tokens")
-    response_tokens: float = _assumed(None, "mean response, in tokens; half of rollout.sampling.max_new_tokens")
-    dense_utilization: float = _assumed(0.55, "share of peak FLOP/s in dense matrix products and attention")
-    expert_utilization: float = _assumed(0.40, "share of peak FLOP/s in the experts' grouped products")
-    link_utilization: float = _assumed(0.75, "share of NVLink and network bandwidth that collectives reach")
-    memory_utilization: float = _assumed(0.65, "share of memory bandwidth that a decode step reaches")
-    decode_layer_us: float = _assumed(20.0, "fixed time of a layer of a decode step, µs: launches, all-reduces")
-    server_memory_fraction: float = _assumed(0.85, "share of a device that a server takes for weights and KV cache")
-    reserved_gb: float = _assumed(5.0, "GB that CUDA, NCCL and the allocator's slack take beside the tensors")
-    imbalance: float = _assumed(1.0, "tokens of the fullest expert rank over the mean one's")
-    sync_bucket_ms: float = _assumed(15.0, "fixed time of a sync bucket, ms: requests, names, loading")
-    host_gb_s: float = _assumed(25.0, "GB/s between a device and host memory")
-    storage_gb_s: float = _assumed(10.0, "GB/s that all ranks together write to or read from storage")
+    prompt_tokens: float = _assumed("mean prompt, in tokens; a quarter of data.max_prompt_tokens")
+    response_tokens: float = _assumed("mean response, in tokens; half of rollout.sampling.max_new_tokens")
+    dense_utilization: float = _assumed("share of peak FLOP/s in dense matrix products and attention", default=0.55)
+    expert_utilization: float = _assumed("share of peak FLOP/s in the experts' grouped products", default=0.40)
+    link_utilization: float = _assumed("share of NVLink and network bandwidth that collectives reach", default=0.75)
+    memory_utilization: float = _assumed("share of memory bandwidth that a decode step reaches", default=0.65)
+    decode_layer_us: float = _assumed("fixed time of a layer of a decode step, µs: launches, all-reduces", default=20.0)
+    server_memory_fraction: float = _assumed(
+        "share of a device that a server takes for weights and KV cache", default=0.85
+    )
+    reserved_gb: float = _assumed("GB that CUDA, NCCL and the allocator's slack take beside the tensors", default=5.0)
+    imbalance: float = _assumed("tokens of the fullest expert rank over the mean one's", default=1.0)
+    sync_bucket_ms: float = _assumed("fixed time of a sync bucket, ms: requests, names, loading", default=15.0)
+    host_gb_s: float = _assumed("GB/s between a device and host memory", default=25.0)
+    storage_gb_s: float = _assumed("GB/s that all ranks together write to or read from storage", default=10.0)
 
     @classmethod
     def of(cls, config: RunConfig, given: Sequence[str] = ()) -> Assumptions:

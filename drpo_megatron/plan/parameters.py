@@ -1,4 +1,4 @@
-"""Parameters of one rank, counted from the architecture. `models.meta` builds the same and is what tests compare with."""
+"""Parameters of one rank, counted from the architecture. `models.meta` builds the same, for tests to compare with."""
 
 from __future__ import annotations
 

@@ -179,9 +179,8 @@ def _seconds_table(plan: Plan) -> Table:
     table.add_row(
         "step",
         f"{plan.step_seconds:.1f}" if generate else "-",
-        f"{workload.sequences} sequences of {workload.length:.0f} tokens, {train.flops:.2e} FLOPs in {workload.updates} "
-        f"updates of {train.micro_batches} micro-batches",
-        style="bold",
+        f"{workload.sequences} sequences of {workload.length:.0f} tokens, {train.flops:.2e} FLOPs in "
+        f"{workload.updates} updates of {train.micro_batches} micro-batches",
     )
     return table
 
