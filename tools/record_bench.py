@@ -23,6 +23,7 @@ TITLES = {
     "checkpoint": "How long a checkpoint holds up training",
     "convert": "A conversion over a bare write of the same bytes",
     "step": "Where the time of a step goes",
+    "plan": "The memory that a plan predicts, over what is measured",
 }
 LABELS = {
     "ratio_to_gemm_tp1": "TP 1",

@@ -1,10 +1,13 @@
-"""One rank of `bench plan`: two updates of a layout, and the bytes that were allocated at their fullest moment.
+"""One rank of `bench plan`: two updates of a layout, and the bytes that the fullest moment of the second takes.
 
-Started by torchrun. Rank 0 prints a JSON list, for each rank {stage, states, peak} in bytes.
+Started by torchrun. Rank 0 prints a JSON list, for each rank {stage, states, peak} in bytes above what the process has
+before it builds the policy.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 from pathlib import Path
@@ -14,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.profiler import ProfilerActivity, profile, record_function
 
+from drpo_megatron.bench.resident import anonymous, of_files, peak, reset_peak
 from drpo_megatron.config import load_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.hf_config import HFModelConfig
@@ -23,7 +26,7 @@ from drpo_megatron.platform import distributed
 from drpo_megatron.training.packing import TrainSequence
 from drpo_megatron.training.step import Policy
 
-UPDATES = "updates of the bench"
+_PR_SET_THP_DISABLE = 41
 
 
 def sequences(config: RunConfig, hf: HFModelConfig) -> list[TrainSequence]:
@@ -55,38 +58,32 @@ def sequences(config: RunConfig, hf: HFModelConfig) -> list[TrainSequence]:
     ]
 
 
-def run(config: RunConfig) -> dict[str, int]:
-    """Two updates: the first makes the optimizer's state, the second needs it and everything else."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        policy = Policy(config)
-        batch = sequences(config, policy.hf)
-        policy.update(batch, 0)
-        with record_function(UPDATES):
-            policy.update(batch, 1)
-    states, peak = timeline(profiler)
-    return {"stage": parallel_state.get_pipeline_model_parallel_rank(), "states": states, "peak": peak}
+def measure(config: RunConfig) -> dict[str, int]:
+    """Build the policy and update it twice: the first update makes the optimizer's state, the second needs that and
+    everything else.
 
-
-def timeline(profiler: Any) -> tuple[int, int]:
-    """(bytes allocated when the marked part began, most bytes allocated in it), since the profile began."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    begin = next(event.start_ns() for event in events if event.name() == UPDATES)
-    held = states = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            if event.start_ns() < begin:
-                states = held
-            peak = max(peak, held) if event.start_ns() >= begin else held
-    return states, peak
+    Memory is resident memory without that of files, whose pages, of libraries, are all there after the first update.
+    """
+    before = anonymous()
+    policy = Policy(config)
+    batch = sequences(config, policy.hf)
+    policy.update(batch, 0)
+    gc.collect()
+    reset_peak()
+    states = anonymous()
+    policy.update(batch, 1)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return {"stage": stage, "states": states - before, "peak": peak() - of_files() - before}
 
 
 def main() -> None:
     config = load_config(Path(sys.argv[1]))
     torch.set_num_threads(1)
+    # A huge page holds what was freed beside what was not.
+    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     distributed.initialize(config.layout)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, run(config))
+    dist.all_gather_object(gathered, measure(config))
     if dist.get_rank() == 0:
         print(json.dumps(gathered), flush=True)
     distributed.shutdown()

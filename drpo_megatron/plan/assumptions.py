@@ -25,9 +25,7 @@ class Assumptions:
     link_utilization: float = _assumed("share of NVLink and network bandwidth that collectives reach", default=0.75)
     memory_utilization: float = _assumed("share of memory bandwidth that a decode step reaches", default=0.65)
     decode_layer_us: float = _assumed("fixed time of a layer of a decode step, µs: launches, all-reduces", default=20.0)
-    server_memory_fraction: float = _assumed(
-        "share of a device that a server takes for weights and KV cache", default=0.85
-    )
+    server_memory_fraction: float = _assumed("share of a device for a server's weights and KV cache", default=0.85)
     reserved_gb: float = _assumed("GB that CUDA, NCCL and the allocator's slack take beside the tensors", default=5.0)
     imbalance: float = _assumed("tokens of the fullest expert rank over the mean one's", default=1.0)
     sync_bucket_ms: float = _assumed("fixed time of a sync bucket, ms: requests, names, loading", default=15.0)
