@@ -1,8 +1,8 @@
 """The plan's memory against runs on this machine, and how long a plan of 671 billion parameters takes.
 
-Each layout trains a model of some ten million parameters for two updates, by the code that trains large ones; a rank's
-resident memory at the fullest moment of the second is compared with the plan's number for its stage, less what a
-process has before it builds its policy. What is compared is everything that grows with the model: weights, gradients,
+Each layout trains a model of some thirty million parameters for two updates, by the code that trains large ones. The
+resident memory of a rank at the fullest moment of the second, above what a process has before it builds its policy, is
+compared with the plan's number for the rank's stage. What is compared is everything that grows with the model: weights, gradients,
 optimizer state, activations and logits, with the activations of the local kernels, the only ones that run here.
 
 Resident memory is what the process was given, whoever allocated and freed it: a profiler of allocations does not see
@@ -29,11 +29,11 @@ LARGEST = "deepseek-v3-671b"
 REPETITIONS = 5
 _MODEL: dict[str, Any] = {
     "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
     "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
     "head_dim": 32,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
@@ -41,7 +41,7 @@ _MODEL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 PROMPT, RESPONSE = 64, 192
 _RUN: dict[str, Any] = {
     "name": "bench-plan",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 
+from drpo_megatron.config.layout_checks import server_problems
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout
 from drpo_megatron.plan.activations import Kernels
@@ -106,10 +107,7 @@ def _servers(
 ) -> Iterator[_Part]:
     """Servers of one size that hold the longest sequence."""
     for ranks in _powers_of_2(gpus):
-        widths = [hf.num_heads, *([hf.moe.shared_ffn_hidden_size] if hf.moe else [hf.ffn_hidden_size])]
-        if any(width % ranks for width in widths) or (hf.num_kv_heads % ranks and ranks % hf.num_kv_heads):
-            continue
-        if hf.moe and (hf.moe.ffn_hidden_size % ranks or (not all(hf.moe.layers) and hf.ffn_hidden_size % ranks)):
+        if hf.num_heads % ranks or (hf.num_kv_heads % ranks and ranks % hf.num_kv_heads):
             continue
         changes: Changes = {
             "rollout.server.count": gpus // ranks,
@@ -118,6 +116,8 @@ def _servers(
             "rollout.server.devices": None,
         }
         changed = with_changes(config, changes)
+        if any(server_problems(changed, hf)):
+            continue
         memory = server_memory(changed, hf, device, assumed)
         if memory.kv_tokens >= workload.longest:
             seconds = generate_seconds(changed, hf, workload, memory, device, assumed).total
