@@ -17,6 +17,7 @@ from drpo_megatron.config import (
     notes,
     setting_reference,
 )
+from drpo_megatron.plan.devices import DEVICES
 from drpo_megatron.weights.convert import add_arguments
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -64,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the newest good checkpoint of the run, if there is one"
     )
     train.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+
+    plan = command("plan", _plan, "Say what a configuration needs on GPUs, without one: memory, seconds, layouts.")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; of the model only config.json is read")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example parallel.tensor=8")
+    plan.add_argument("--device", choices=DEVICES, default="h100", help="the GPU, h100 by default")
+    plan.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="set an assumption; all are printed"
+    )
+    plan.add_argument("--search", action="store_true", help="propose layouts of --gpus GPUs instead")
+    plan.add_argument("--gpus", type=int, metavar="N", help="of trainer and servers together, for --search")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     command("settings", _settings, "Print every setting with its type, default and meaning.")
 
@@ -135,6 +147,12 @@ def _train(parsed: argparse.Namespace) -> int:
     reason = f"rank {failure.rank}: {failure.message}" if failure else f"torchrun ended with code {code}"
     print(f"drpo: the run failed. {reason}\nlogs: {directory / 'log'}", file=sys.stderr)
     return failure.code if failure else EXIT_FAILED
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from drpo_megatron.plan.command import run
+
+    return EXIT_REFUSED if run(parsed) else 0
 
 
 def _settings(parsed: argparse.Namespace) -> int:

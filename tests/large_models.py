@@ -125,6 +125,7 @@ def _compare(
     from drpo_megatron.models.hf_config import padded_vocab_size
     from drpo_megatron.models.memory import is_expert, model_state_memory
     from drpo_megatron.models.meta import META, distinct_ranks, rank_on_meta
+    from drpo_megatron.plan.parameters import rank_parameters, stages_of, states_of
     from drpo_megatron.weights.families import expert_of, weight_table
     from drpo_megatron.weights.importer import local_parameters
 
@@ -143,7 +144,11 @@ def _compare(
             )
             stage = parallel_state.get_pipeline_model_parallel_rank()
             first_of_stage = parallel_state.get_expert_model_parallel_rank() == 0
-            state_bytes = model_state_memory(chunks, layout, distributed_optimizer=distributed_optimizer).total
+            states = model_state_memory(chunks, layout, distributed_optimizer=distributed_optimizer)
+            counted = rank_parameters(hf, layout, stages_of(hf, layout)[stage])
+            planned = states_of(counted, layout, dtype.itemsize, distributed_optimizer)
+            assert states == planned, f"stage {stage}: built {states}, planned {planned}"
+            state_bytes = states.total
             if first_of_stage:
                 assert stage == len(report.layers)
                 report.layers.append(sum(len(chunk.decoder.layers) for chunk in chunks))

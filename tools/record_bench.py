@@ -24,6 +24,7 @@ TITLES = {
     "convert": "A conversion over a bare write of the same bytes",
     "fp8": "FP8 stability, the reduced grid",
     "step": "Where the time of a step goes",
+    "plan": "The memory that a plan predicts, over what is measured",
 }
 LABELS = {
     "ratio_to_gemm_tp1": "TP 1",

@@ -16,7 +16,7 @@ from typing import Any
 from drpo_megatron.platform.process import HUGE_PAGES
 from drpo_megatron.platform.versions import versions
 
-BENCHES = ("step", "loss", "prefix", "sync", "checkpoint", "convert", "fp8")
+BENCHES = ("step", "loss", "prefix", "sync", "checkpoint", "convert", "fp8", "plan")
 
 
 @dataclass(frozen=True)

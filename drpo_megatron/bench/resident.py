@@ -19,6 +19,16 @@ def peak() -> int:
     return _status("VmHWM")
 
 
+def anonymous() -> int:
+    """Resident bytes now that belong to no file: what was allocated and written to."""
+    return _status("RssAnon")
+
+
+def of_files() -> int:
+    """Resident bytes now of mapped files, such as libraries."""
+    return _status("RssFile") + _status("RssShmem")
+
+
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024

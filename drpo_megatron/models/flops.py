@@ -25,7 +25,7 @@ class SequenceCost:
     def of(cls, hf: HFModelConfig) -> SequenceCost:
         value_dim = hf.mla.v_head_dim if hf.mla else hf.head_dim
         return cls(
-            linear=sum(_attention_weights(hf) + _mlp_weights(hf, layer) for layer in range(hf.num_layers)),
+            linear=sum(layer_weights(hf, layer) for layer in range(hf.num_layers)),
             # scores, and their sum of values
             quadratic=hf.num_layers * hf.num_heads * (hf.head_dim + value_dim),
         )
@@ -48,6 +48,18 @@ def training_flops(
     cost = SequenceCost.of(hf)
     computed = sum(map(cost, lengths, prefix_lengths or [0] * len(lengths)))
     return 3 * 2.0 * (computed + hf.hidden_size * hf.vocab_size * projected_tokens)
+
+
+def layer_weights(hf: HFModelConfig, layer: int) -> int:
+    """Weights of a layer, counted from 0, that each token meets: its matrices, and of the experts those it takes."""
+    return _attention_weights(hf) + _mlp_weights(hf, layer)
+
+
+def routed_weights(hf: HFModelConfig, layer: int) -> int:
+    """Of those, the routed experts'."""
+    if hf.moe is None or not hf.is_moe_layer(layer):
+        return 0
+    return 3 * hf.hidden_size * hf.moe.top_k * hf.moe.ffn_hidden_size
 
 
 def _attention_weights(hf: HFModelConfig) -> int:

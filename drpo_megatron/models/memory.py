@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from drpo_megatron.platform.layout import ParallelLayout
+
+if TYPE_CHECKING:  # `drpo plan` counts without building anything, and does without torch
+    import torch
 
 # grad_reduce_in_fp32 of the data-parallel wrapper.
 _GRADIENT_BYTES = 4
 # Two Adam moments in float32.
 _MOMENT_BYTES = 8
 _MAIN_WEIGHT_BYTES = 4
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class ModelStateMemory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+    def __add__(self, other: ModelStateMemory) -> ModelStateMemory:
+        return ModelStateMemory(
+            self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer
+        )
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
@@ -43,22 +52,28 @@ def optimizer_shards(layout: ParallelLayout, expert: bool) -> int:
     return dense_ranks // (layout.expert * layout.expert_tensor) if expert else layout.context * layout.data
 
 
+def state_memory(elements: int, weight_bytes: int, shards: int) -> ModelStateMemory:
+    """Bytes of `elements` parameters of `weight_bytes` each, whose optimizer state is divided over `shards` ranks.
+
+    Adam with float32 main weights and main gradients; a float32 parameter is its own main weight.
+    """
+    main_weight = 0 if weight_bytes == _FLOAT32_BYTES else _MAIN_WEIGHT_BYTES
+    optimizer = elements * (main_weight + _MOMENT_BYTES) / shards
+    return ModelStateMemory(elements * weight_bytes, elements * _GRADIENT_BYTES, round(optimizer))
+
+
 def model_state_memory(
     model_chunks: Sequence[torch.nn.Module], layout: ParallelLayout, *, distributed_optimizer: bool = True
 ) -> ModelStateMemory:
-    """Bytes of this rank's chunks, built on any device, under Adam with float32 main weights and main gradients.
+    """Bytes of this rank's chunks, built on any device: `state_memory` of its parameters, in their own dtypes.
 
-    Weights have the parameters' dtype; a float32 parameter is its own main weight. Megatron-Core pads each gradient
-    bucket so that it divides over the ranks, less than a kilobyte a bucket and rank, which is not counted.
+    Megatron-Core pads each gradient bucket so that it divides over the ranks, less than a kilobyte a bucket and rank,
+    which is not counted.
     """
-    weights = gradients = 0
-    optimizer = 0.0
+    elements: Counter[tuple[int, int]] = Counter()
     for chunk in model_chunks:
         for parameter in chunk.parameters():
-            elements = parameter.numel()
-            weights += elements * parameter.element_size()
-            gradients += elements * _GRADIENT_BYTES
-            main_weight = 0 if parameter.dtype is torch.float32 else _MAIN_WEIGHT_BYTES
             shards = optimizer_shards(layout, is_expert(parameter)) if distributed_optimizer else 1
-            optimizer += elements * (main_weight + _MOMENT_BYTES) / shards
-    return ModelStateMemory(weights, gradients, round(optimizer))
+            elements[parameter.element_size(), shards] += parameter.numel()
+    parts = [state_memory(count, weight_bytes, shards) for (weight_bytes, shards), count in elements.items()]
+    return sum(parts, ModelStateMemory(0, 0, 0))

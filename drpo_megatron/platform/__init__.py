@@ -78,7 +78,7 @@ def peak_memory_bytes() -> int:
 
 
 # Dense bf16 matrix products without sparsity, FLOP/s, from NVIDIA's data sheets. Longer names first: H200 before H20.
-_PEAK_FLOPS_PER_S = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12}
+PEAK_FLOPS_PER_S = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12}
 
 
 def peak_flops_per_s() -> float | None:
@@ -88,4 +88,4 @@ def peak_flops_per_s() -> float | None:
     if not has_cuda():
         return None
     name = torch.cuda.get_device_name()
-    return next((rate for model, rate in _PEAK_FLOPS_PER_S.items() if model in name), None)
+    return next((rate for model, rate in PEAK_FLOPS_PER_S.items() if model in name), None)
