@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from drpo_megatron.models.hf_config import HFModelConfig
 
 _DELAYED = ("margin", "amax_history", "amax_algorithm")
-_TRAINING = ("format", *_DELAYED, "parameters", "health_every")
+_TRAINING = ("format", *_DELAYED, "block_scales", "parameters", "health_every")
 
 
 def _changed(fp8: Fp8Config, names: tuple[str, ...]) -> Iterator[str]:
@@ -37,6 +37,9 @@ def fp8_problems(config: RunConfig) -> Iterator[str]:
                 f"fp8.{name}: has no effect with fp8.recipe = {fp8.recipe}, whose scales come from the tensor itself; "
                 "remove it, or set fp8.recipe to delayed"
             )
+    if fp8.recipe != "blockwise":
+        for name in _changed(fp8, ("block_scales",)):
+            yield f"fp8.{name}: has no effect with fp8.recipe = {fp8.recipe}; remove it, or set fp8.recipe to blockwise"
     if fp8.backend == "emulate":
         if fp8.parameters:
             yield (

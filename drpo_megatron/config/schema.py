@@ -352,6 +352,9 @@ class Fp8Config(Section):
     """delayed: micro-batches whose largest values a scale comes from."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """delayed: the largest or the newest value of the history."""
+    block_scales: Literal["power_of_two", "float32"] = "power_of_two"
+    """blockwise: power_of_two is Transformer Engine's default. float32 is what rollout servers compute with: the same
+    weights then have the same FP8 numbers on both sides."""
     parameters: bool = False
     """Keep the quantized layers' parameters in FP8 and gather them so; main weights stay in float32. Transformer Engine
     only."""

@@ -54,6 +54,7 @@ class Quantizer:
         if fp8.recipe is None:
             raise ValueError("fp8.recipe is null: there is nothing to quantize with")
         self.recipe = fp8.recipe
+        self.power_of_two = fp8.block_scales == "power_of_two"
         self.formats: dict[Role, Format] = {
             "input": E4M3,
             "weight": E4M3,
@@ -103,7 +104,8 @@ class Quantizer:
             case "tensorwise":
                 rows = numerics.tensorwise(x_MK, fmt)
             case "blockwise":
-                rows = numerics.blockwise(x_MK, fmt, (BLOCK if role == "weight" else 1, BLOCK))
+                block = (BLOCK if role == "weight" else 1, BLOCK)
+                rows = numerics.blockwise(x_MK, fmt, block, power_of_two=self.power_of_two)
             case "mxfp8":
                 rows = numerics.mxfp8(x_MK, fmt)
         if self.observer is not None:
@@ -113,7 +115,7 @@ class Quantizer:
         if self.recipe == "mxfp8":
             return rows, numerics.mxfp8(x_MK.t(), fmt)
         if self.recipe == "blockwise" and role != "weight":
-            return rows, numerics.blockwise(x_MK.t(), fmt, (1, BLOCK))
+            return rows, numerics.blockwise(x_MK.t(), fmt, (1, BLOCK), power_of_two=self.power_of_two)
         return rows, Quantized(rows.values.t(), rows.scales.t(), (rows.block[1], rows.block[0]))
 
     def state(self) -> dict[str, Tensor] | None:

@@ -1,7 +1,7 @@
 """FP8 numbers: how a tensor is scaled, rounded and restored under each recipe of Transformer Engine 2.20.
 
 Formulas and special cases are those of its kernels with the recipes' defaults: `compute_scale_from_amax` for tensorwise
-(any float32 scale) and blockwise (powers of two, rounded down), `amax_and_scale_update` for delayed, `float_to_e8m0`
+(any float32 scale) and blockwise (powers of two, rounded down, or any), `amax_and_scale_update` for delayed, `float_to_e8m0`
 for mxfp8. A value is multiplied by its scale in float32 and rounded to the nearest FP8 number, ties to even; what lies
 beyond the largest one, infinity included, becomes the largest; NaN stays NaN and never counts as a largest value.
 `docs/fp8.md` has it on one page.
@@ -123,15 +123,18 @@ def rolled(amax_history: Tensor) -> Tensor:
     return torch.where(amax_history[0] != 0, moved, amax_history)
 
 
-def blockwise(x_MK: Tensor, fmt: Format, block: tuple[int, int]) -> Quantized:
+def blockwise(x_MK: Tensor, fmt: Format, block: tuple[int, int], *, power_of_two: bool = True) -> Quantized:
     """One scale for each block of 1 × 128 or 128 × 128; blocks at the edge are smaller.
 
-    Scales are powers of two, Transformer Engine's default: the largest that keep the block in range. 1 for blocks
-    whose largest value is 0 or infinite. Raises ValueError for another block.
+    power_of_two: Transformer Engine's default, the largest power that keeps the block in range; otherwise the block's
+    largest value becomes the format's. 1 for blocks whose largest value is 0 or infinite. Raises ValueError for another
+    block.
     """
     if block not in ((1, BLOCK), (BLOCK, BLOCK)):
         raise ValueError(f"the blocks are 1 × {BLOCK} or {BLOCK} × {BLOCK}, not {block[0]} × {block[1]}")
-    scales = _power_of_two(_scale_of(_block_amax(x_MK, block), fmt))
+    scales = _scale_of(_block_amax(x_MK, block), fmt)
+    if power_of_two:
+        scales = _power_of_two(scales)
     return Quantized(_cast(x_MK.float() * _spread(scales, block, x_MK), fmt), scales.reciprocal(), block)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from drpo_megatron import platform
@@ -38,6 +39,12 @@ def transformer_engine_arguments(fp8: Fp8Config) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": fp8.unquantized_first_layers,
         "num_layers_at_end_in_bf16": fp8.unquantized_last_layers,
     }
+
+
+def choose_block_scales(fp8: Fp8Config) -> None:
+    """Tell Transformer Engine, which reads it from the environment when it is imported: call this before."""
+    if uses_transformer_engine(fp8) and fp8.recipe == "blockwise":
+        os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = str(int(fp8.block_scales == "float32"))
 
 
 def token_multiple(fp8: Fp8Config) -> int:

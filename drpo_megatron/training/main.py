@@ -12,6 +12,7 @@ from typing import TextIO
 import torch
 
 from drpo_megatron.config import load_config
+from drpo_megatron.fp8.recipes import choose_block_scales
 from drpo_megatron.platform import distributed
 from drpo_megatron.platform.process import die_with_parent
 from drpo_megatron.training.stop import RECORD, StopRequested, StopSignal
@@ -46,6 +47,7 @@ def main() -> None:
     terminal = send_output_to(log_directory / f"rank_{rank}.log", keep_terminal=rank == 0)
     stop = StopSignal(rank, saves=config.save.every is not None)
     torch.set_num_threads(config.training.threads)
+    choose_block_scales(config.fp8)
     code = 0
     try:
         from drpo_megatron.observability import Watchdog

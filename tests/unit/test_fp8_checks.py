@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from drpo_megatron import platform
 from drpo_megatron.config.fp8_checks import fp8_layer_problems, fp8_problems
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.fp8.recipes import choose_block_scales
 
 EMULATE = {"backend": "emulate"}
 
@@ -147,3 +149,23 @@ def test_layers_that_are_left_out(recipe: str, machine: Any) -> None:
         assert not problems(1, 2)
         only(problems(3, 0, pipeline=2), "fp8.unquantized_first_layers: 3", "2 layers of a pipeline stage")
         only(problems(0, 3, pipeline=2), "fp8.unquantized_last_layers: 3")
+
+
+def test_scales_of_blocks_without_blocks(machine: Any) -> None:
+    only(
+        list(fp8_problems(config({"recipe": "mxfp8", "block_scales": "float32", **EMULATE}))),
+        "fp8.block_scales",
+        "mxfp8",
+    )
+    assert not list(fp8_problems(config({"recipe": "blockwise", "block_scales": "float32", **EMULATE})))
+
+
+def test_transformer_engine_reads_the_scales_of_blocks_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "left")
+    for backend, scales, value in (
+        ("emulate", "float32", "left"),
+        ("transformer_engine", "float32", "1"),
+        ("transformer_engine", "power_of_two", "0"),
+    ):
+        choose_block_scales(config({"recipe": "blockwise", "backend": backend, "block_scales": scales}).fp8)
+        assert os.environ["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == value

@@ -19,12 +19,14 @@ from drpo_megatron.fp8 import numerics  # noqa: E402
 from drpo_megatron.fp8.emulation import Quantizer, linear  # noqa: E402
 from drpo_megatron.fp8.numerics import E4M3, E5M2, Format  # noqa: E402
 
-RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
+RECIPES = ["delayed", "tensorwise", "blockwise", "blockwise float32", "mxfp8"]
 # Neither tokens nor features are a multiple of a block.
 TOKENS, INPUTS, OUTPUTS = 150, 200, 140
 
 
 def quantizer(recipe: str, **settings: object) -> Quantizer:
+    if recipe == "blockwise float32":
+        recipe, settings = "blockwise", settings | {"block_scales": "float32"}
     fp8 = Fp8Config.model_validate({"recipe": recipe, "backend": "emulate", **settings})
     return Quantizer(fp8, torch.device("cpu"))
 
@@ -50,8 +52,9 @@ def reference(recipe: str, fmt: Format) -> tuple[Callable[..., Tensor], Callable
                 return numerics.with_scale(x, fmt, torch.tensor(1.0)).dequantize()
             case "tensorwise":
                 return numerics.tensorwise(x, fmt).dequantize()
-            case "blockwise":
-                return numerics.blockwise(x, fmt, (128, 128) if is_weight else (1, 128)).dequantize()
+            case "blockwise" | "blockwise float32":
+                block = (128, 128) if is_weight else (1, 128)
+                return numerics.blockwise(x, fmt, block, power_of_two=recipe == "blockwise").dequantize()
         return numerics.mxfp8(x, fmt).dequantize()
 
     return columns, lambda x, is_weight=False: columns(x.t().contiguous(), is_weight).t()

@@ -52,6 +52,9 @@ def nearest_codes(values: np.ndarray, fmt: Format) -> np.ndarray:
     return np.where(np.isnan(values), None, codes.astype(object))
 
 
+RECIPES = ["tensorwise", "1x128", "128x128", "1x128 float32", "128x128 float32", "mxfp8"]
+
+
 def f32(value: float) -> np.float32:
     with np.errstate(over="ignore"):
         return np.float32(value)
@@ -77,7 +80,14 @@ def mx_exponent(amax: np.float32, fmt: Format) -> int:
 
 def reference(x: np.ndarray, fmt: Format, recipe: str) -> tuple[list[int | None], np.ndarray]:
     """(codes in row order, None for NaN; the dequantization scale of every value)."""
-    rows, columns = {"tensorwise": x.shape, "1x128": (1, 128), "128x128": (128, 128), "mxfp8": (1, 32)}[recipe]
+    rows, columns = {
+        "tensorwise": x.shape,
+        "1x128": (1, 128),
+        "128x128": (128, 128),
+        "1x128 float32": (1, 128),
+        "128x128 float32": (128, 128),
+        "mxfp8": (1, 32),
+    }[recipe]
     codes = np.empty(x.shape, dtype=object)
     scales = np.empty(x.shape, dtype=np.float32)
     for r, c in itertools.product(range(0, x.shape[0], rows), range(0, x.shape[1], columns)):
@@ -88,7 +98,7 @@ def reference(x: np.ndarray, fmt: Format, recipe: str) -> tuple[list[int | None]
             exponent = mx_exponent(amax, fmt)
             scale, scales[at] = f32(2.0**-exponent), f32(2.0**exponent)
         else:
-            scale = (float_scale if recipe == "tensorwise" else power_scale)(amax, fmt)
+            scale = (power_scale if recipe in ("1x128", "128x128") else float_scale)(amax, fmt)
             scales[at] = f32(1) / scale
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = x[at] * scale
@@ -103,7 +113,8 @@ def quantize(x: torch.Tensor, fmt: Format, recipe: str) -> Quantized:
         case "mxfp8":
             return numerics.mxfp8(x, fmt)
         case _:
-            return numerics.blockwise(x, fmt, (1, 128) if recipe == "1x128" else (128, 128))
+            block = (1 if recipe.startswith("1x128") else 128, 128)
+            return numerics.blockwise(x, fmt, block, power_of_two="float32" not in recipe)
 
 
 def codes_of(values: torch.Tensor) -> list[int | None]:
@@ -157,7 +168,7 @@ CASES = cases()
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("recipe", ["tensorwise", "1x128", "128x128", "mxfp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_every_bit_is_the_reference(fmt: Format, recipe: str, name: str) -> None:
     x = CASES[name]
@@ -225,7 +236,7 @@ def test_health_counts_what_was_cut_and_what_vanished() -> None:
 
 
 def test_an_empty_tensor_is_quantized_to_an_empty_one() -> None:
-    for recipe in ("tensorwise", "1x128", "128x128", "mxfp8"):
+    for recipe in RECIPES:
         quantized = quantize(torch.empty(0, 64), E4M3, recipe)
         assert quantized.dequantize().shape == (0, 64)
     assert numerics.amax(torch.empty(0)) == 0

@@ -67,7 +67,7 @@ def record(
 def test_cells_differ_in_nothing_but_loss_precision_and_age() -> None:
     study = Study()
     configs = {cell: study.config(Job(cell, 3)) for cell in grid.main_grid()}
-    assert len(configs) == 7 * 6 * 3
+    assert len(configs) == 7 * 7 * 3
     totals = set()
     for cell, config in configs.items():
         updates, rollout = config.training.updates_per_batch, config.rollout
@@ -90,7 +90,7 @@ def test_the_delta_study_shares_cells_with_the_grid() -> None:
     assert {c.staleness for c in deltas} == {8} and {c.precision for c in deltas} == {"fp8-blockwise"}
     assert [c in main for c in deltas] == [False, False, False, False, True, True]
     jobs = grid.jobs_of([*main, *deltas], (0, 1))
-    assert len(jobs) == len(set(jobs)) == 2 * (126 + 4)
+    assert len(jobs) == len(set(jobs)) == 2 * (147 + 4)
 
 
 def test_jobs_change_the_kind_of_server_once_and_have_seeds_outermost() -> None:
