@@ -22,8 +22,8 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face directory: config.json, safetensors and tokenizer. The truth about the model."""
     recipe: str | None = None
-    """How to make `path` when it does not exist: a name from models/recipes.py (tiny_qwen3, tiny_qwen3_moe,
-    smollm2_135m)."""
+    """How to make `path` when it does not exist: a name from models/recipes.py (tiny_qwen3,
+    tiny_qwen3_blocks, tiny_qwen3_moe, smollm2_135m)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter dtype of the trainer and the server. Main weights and log-probs are float32 either way."""
     recompute: Literal["none", "selective", "full"] = "none"

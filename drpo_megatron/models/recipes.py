@@ -88,6 +88,14 @@ def tiny_qwen3(
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)
 
 
+def tiny_qwen3_blocks(out_dir: Path, seed: int = 1) -> None:
+    """The same for FP8 in 128 × 128 blocks: every size is a multiple of 128, and a head is a block, as in the models
+    that FP8 is used for. Where heads share blocks, Megatron's fused query, key and value have other ones than the three
+    tensors of a Hugging Face directory, and trainer and servers round differently.
+    """
+    tiny_qwen3(out_dir, seed, hidden_size=128, num_heads=2, num_kv_heads=1, head_dim=128)
+
+
 def tiny_qwen3_moe(out_dir: Path, seed: int = 1) -> None:
     """A random Qwen3-MoE with a character tokenizer, which trains on a CPU: a token takes 2 of 8 experts a layer."""
     import torch
@@ -155,6 +163,7 @@ def smollm2_135m(out_dir: Path, seed: int = 1) -> None:
 
 RECIPES: dict[str, Callable[[Path, int], None]] = {
     "tiny_qwen3": tiny_qwen3,
+    "tiny_qwen3_blocks": tiny_qwen3_blocks,
     "tiny_qwen3_moe": tiny_qwen3_moe,
     "smollm2_135m": smollm2_135m,
 }
