@@ -211,7 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """`page` with the tables between `<!-- plan:NAME -->` and `<!-- end -->` made anew. KeyError for an unknown name."""
+    """`page` with the tables between `<!-- plan:NAME -->` and `<!-- end -->` made anew. KeyError for unknown names."""
 
     def one(match: re.Match[str]) -> str:
         return f"<!-- plan:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

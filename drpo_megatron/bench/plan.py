@@ -2,8 +2,9 @@
 
 Each layout trains a model of some thirty million parameters for two updates, by the code that trains large ones. The
 resident memory of a rank at the fullest moment of the second, above what a process has before it builds its policy, is
-compared with the plan's number for the rank's stage. What is compared is everything that grows with the model: weights, gradients,
-optimizer state, activations and logits, with the activations of the local kernels, the only ones that run here.
+compared with the plan's number for the rank's stage. What is compared is everything that grows with the model: weights,
+gradients, optimizer state, activations and logits, with the activations of the local kernels, the only ones that run
+here.
 
 Resident memory is what the process was given, whoever allocated and freed it: a profiler of allocations does not see
 what the threads of gloo free. glibc is told to give every block above 64 KiB pages of its own, so that what is freed is

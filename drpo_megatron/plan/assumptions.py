@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.schema import RunConfig
 
 
-def _assumed(text: str, **default: float) -> Any:
-    return field(metadata={"text": text}, **default)
+def _assumed(text: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"text": text})
 
 
 @dataclass(frozen=True)
