@@ -14,6 +14,7 @@ gone at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,11 +72,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        sizes = (self.parallel.get(key, 1) for key in ("tensor", "pipeline", "data"))
-        product = 1
-        for size in sizes:
-            product *= size
-        return product
+        return math.prod(self.parallel.get(key, 1) for key in ("tensor", "pipeline", "data"))
 
 
 LAYOUTS = (
@@ -119,7 +116,7 @@ def compare(layout: Layout, model: Path, directory: Path) -> float:
     from drpo_megatron.plan.workload import Workload
 
     path = directory / f"{layout.name}.yaml"
-    path.write_text(json.dumps(_settings(layout, model)))  # which is YAML
+    path.write_text(json.dumps(settings(layout, model)))  # which is YAML
     config = load_config(path)
     assumed = Assumptions.of(config, [f"prompt_tokens={PROMPT}", f"response_tokens={RESPONSE}"])
     stages = trainer_memory(config, HFModelConfig.load(model), Workload.of(config, assumed), assumed, "local")
@@ -139,7 +136,8 @@ def compare(layout: Layout, model: Path, directory: Path) -> float:
     return largest
 
 
-def _settings(layout: Layout, model: Path) -> dict[str, Any]:
+def settings(layout: Layout, model: Path) -> dict[str, Any]:
+    """The configuration of a run of `layout`."""
     return {
         **_RUN,
         "model": {"path": str(model), "dtype": "float32", "recompute": layout.recompute},

@@ -52,6 +52,15 @@ class Assumptions:
             if not number > 0:
                 raise ConfigError([f"--assume {one}: must be above 0; correct the value"])
             made = replace(made, **{name: number})
+        longest = {
+            "prompt_tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+            "response_tokens": ("rollout.sampling.max_new_tokens", config.rollout.sampling.max_new_tokens),
+        }
+        for name, (key, limit) in longest.items():
+            if getattr(made, name) > limit:
+                raise ConfigError(
+                    [f"--assume {name}: is above {key} = {limit}, the longest; lower it, or raise the key"]
+                )
         return made
 
     def described(self) -> list[tuple[str, float, str]]:
