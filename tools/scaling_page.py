@@ -186,11 +186,12 @@ def published() -> str:
         plan = plan_of(recipe, overrides)
         if plan.ranks != gpus:
             raise ValueError(f"{recipe} trains on {plan.ranks} GPUs, not {gpus}: correct PUBLISHED_MFU")
-        rows.append([f"MFU, {recipe} on {gpus}", f"{plan.train.mfu(plan.ranks, plan.device):.2f}", figure])
+        memory = f"{plan.trainer_bytes / 1e9:.0f}"
+        rows.append([f"MFU, {recipe} on {gpus}", f"{plan.train.mfu(plan.ranks, plan.device):.2f}", memory, figure])
     for recipe, figure in PUBLISHED_SYNC:
         sync = plan_of(recipe).sync
-        rows.append([f"sync seconds, {recipe}, {sync.nbytes / 1e9:.0f} GB", f"{sync.total:.1f}", figure])
-    return table(["figure", "plan", "published"], rows)
+        rows.append([f"sync seconds, {recipe}, {sync.nbytes / 1e9:.0f} GB", f"{sync.total:.1f}", "", figure])
+    return table(["figure", "plan", "at GB a trainer rank", "published"], rows)
 
 
 def assumptions() -> str:
