@@ -186,11 +186,12 @@ def published() -> str:
         plan = plan_of(recipe, overrides)
         if plan.ranks != gpus:
             raise ValueError(f"{recipe} trains on {plan.ranks} GPUs, not {gpus}: correct PUBLISHED_MFU")
-        rows.append([f"MFU, {recipe} on {gpus}", f"{plan.train.mfu(plan.ranks, plan.device):.2f}", figure])
+        memory = f"{plan.trainer_bytes / 1e9:.0f}"
+        rows.append([f"MFU, {recipe} on {gpus}", f"{plan.train.mfu(plan.ranks, plan.device):.2f}", memory, figure])
     for recipe, figure in PUBLISHED_SYNC:
         sync = plan_of(recipe).sync
-        rows.append([f"sync seconds, {recipe}, {sync.nbytes / 1e9:.0f} GB", f"{sync.total:.1f}", figure])
-    return table(["figure", "plan", "published"], rows)
+        rows.append([f"sync seconds, {recipe}, {sync.nbytes / 1e9:.0f} GB", f"{sync.total:.1f}", "", figure])
+    return table(["figure", "plan", "at GB a trainer rank", "published"], rows)
 
 
 def assumptions() -> str:
@@ -211,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """`page` with the tables between `<!-- plan:NAME -->` and `<!-- end -->` made anew. KeyError for an unknown name."""
+    """`page` with the tables between `<!-- plan:NAME -->` and `<!-- end -->` made anew. KeyError for unknown names."""
 
     def one(match: re.Match[str]) -> str:
         return f"<!-- plan:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

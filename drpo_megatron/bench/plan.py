@@ -2,8 +2,9 @@
 
 Each layout trains a model of some thirty million parameters for two updates, by the code that trains large ones. The
 resident memory of a rank at the fullest moment of the second, above what a process has before it builds its policy, is
-compared with the plan's number for the rank's stage. What is compared is everything that grows with the model: weights, gradients,
-optimizer state, activations and logits, with the activations of the local kernels, the only ones that run here.
+compared with the plan's number for the rank's stage. What is compared is everything that grows with the model: weights,
+gradients, optimizer state, activations and logits, with the activations of the local kernels, the only ones that run
+here.
 
 Resident memory is what the process was given, whoever allocated and freed it: a profiler of allocations does not see
 what the threads of gloo free. glibc is told to give every block above 64 KiB pages of its own, so that what is freed is
@@ -13,6 +14,7 @@ gone at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,11 +72,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        sizes = (self.parallel.get(key, 1) for key in ("tensor", "pipeline", "data"))
-        product = 1
-        for size in sizes:
-            product *= size
-        return product
+        return math.prod(self.parallel.get(key, 1) for key in ("tensor", "pipeline", "data"))
 
 
 LAYOUTS = (
@@ -118,7 +116,7 @@ def compare(layout: Layout, model: Path, directory: Path) -> float:
     from drpo_megatron.plan.workload import Workload
 
     path = directory / f"{layout.name}.yaml"
-    path.write_text(json.dumps(_settings(layout, model)))  # which is YAML
+    path.write_text(json.dumps(settings(layout, model)))  # which is YAML
     config = load_config(path)
     assumed = Assumptions.of(config, [f"prompt_tokens={PROMPT}", f"response_tokens={RESPONSE}"])
     stages = trainer_memory(config, HFModelConfig.load(model), Workload.of(config, assumed), assumed, "local")
@@ -138,7 +136,8 @@ def compare(layout: Layout, model: Path, directory: Path) -> float:
     return largest
 
 
-def _settings(layout: Layout, model: Path) -> dict[str, Any]:
+def settings(layout: Layout, model: Path) -> dict[str, Any]:
+    """The configuration of a run of `layout`."""
     return {
         **_RUN,
         "model": {"path": str(model), "dtype": "float32", "recompute": layout.recompute},

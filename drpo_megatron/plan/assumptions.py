@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.schema import RunConfig
 
 
-def _assumed(text: str, **default: float) -> Any:
-    return field(metadata={"text": text}, **default)
+def _assumed(text: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"text": text})
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ class Assumptions:
             if not number > 0:
                 raise ConfigError([f"--assume {one}: must be above 0; correct the value"])
             made = replace(made, **{name: number})
+        longest = {
+            "prompt_tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+            "response_tokens": ("rollout.sampling.max_new_tokens", config.rollout.sampling.max_new_tokens),
+        }
+        for name, (key, limit) in longest.items():
+            if getattr(made, name) > limit:
+                raise ConfigError(
+                    [f"--assume {name}: is above {key} = {limit}, the longest; lower it, or raise the key"]
+                )
         return made
 
     def described(self) -> list[tuple[str, float, str]]:

@@ -11,9 +11,9 @@ from drpo_megatron.platform import PEAK_FLOPS_PER_S
 class Device:
     """One GPU in a node of eight, from NVIDIA's data sheets.
 
-    memory: bytes that a process can allocate, which the driver reports as 80 GiB and so on less its own share.
-    memory_bytes_per_s: of HBM. nvlink_bytes_per_s: one direction, to the other GPUs of the node. network_bytes_per_s:
-    one direction, one network adapter a GPU, as DGX systems have it.
+    memory: bytes by its name; the driver shows a few percent more, of which it keeps a part. memory_bytes_per_s: of
+    HBM. nvlink_bytes_per_s: one direction, to the other GPUs of the node. network_bytes_per_s: one direction, one
+    network adapter a GPU, as DGX systems have it. node: GPUs of one.
     """
 
     name: str

@@ -42,8 +42,8 @@ def generate_seconds(
 
     A server runs as many sequences as fit its cache, its share of rollout.concurrency and of the step; when they are
     fewer than its share, one begins where another ends. No step is shorter than its longest response. Prompts are
-    computed once a group: the others find them in the prefix cache. Raises ZeroDivisionError for a server that holds no
-    sequence; see `ServerMemory.kv_tokens`.
+    computed once a group: the others find them in the prefix cache. The server must hold the longest sequence
+    (`ServerMemory.kv_tokens`).
     """
     servers, ranks = servers_of(config), config.rollout.server.tensor_parallel
     share = math.ceil(workload.sequences / servers)
@@ -54,7 +54,7 @@ def generate_seconds(
     rate = device.flops_per_s * assumed.dense_utilization * ranks
 
     def step(sequences: int) -> float:
-        read = memory.weights * _weights_met(hf, sequences) + sequences * context * memory.kv_token
+        read = memory.weights * weights_met(hf, sequences) + sequences * context * memory.kv_token
         reading = read / (device.memory_bytes_per_s * assumed.memory_utilization)
         computed = sequences * (cost.linear + hf.hidden_size * hf.vocab_size + cost.quadratic * context)
         return max(reading, 2 * computed / rate) + hf.num_layers * assumed.decode_layer_us * 1e-6
@@ -62,12 +62,12 @@ def generate_seconds(
     prefill = 2 * cost(round(workload.prompt)) * math.ceil(workload.prompts / servers) / rate
     tokens = share * workload.response
     longest = config.rollout.sampling.max_new_tokens
-    # As long as all are running, and the longest response, which began with the first, never alone for long.
+    # The longest response begins with the first, and half as many run beside it on average.
     decode = max(tokens / running * step(running), longest * step(max(1, running // 2)))
     return GenerateSeconds(prefill + decode, prefill, decode, running, step(running))
 
 
-def _weights_met(hf: HFModelConfig, sequences: int) -> float:
+def weights_met(hf: HFModelConfig, sequences: int) -> float:
     """Share of a server's weights that a step of so many tokens reads, when each takes any experts."""
     if hf.moe is None:
         return 1.0

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from drpo_megatron import cli
+from drpo_megatron.bench import plan as bench_plan
 from drpo_megatron.config import RunConfig, load_config
 from drpo_megatron.models.flops import training_flops
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout
@@ -34,6 +35,7 @@ from drpo_megatron.plan.memory import server_memory
 from drpo_megatron.plan.parameters import KINDS, rank_parameters, stages_of, states_of, total_parameters
 from drpo_megatron.plan.run_plan import Plan, make_plan
 from drpo_megatron.plan.search import search
+from drpo_megatron.plan.serve_seconds import weights_met
 from drpo_megatron.plan.workload import Workload
 from drpo_megatron.platform.layout import ParallelLayout
 
@@ -230,6 +232,48 @@ def test_a_pipeline_waits_once_a_stage() -> None:
     assert interleaved.bubble == pytest.approx(spent.bubble / 2, rel=0.01)
 
 
+def test_collectives_by_hand() -> None:
+    """Tensor parallelism: 8 collectives of a hidden state a layer and micro-batch, 2 gathers more for the gradients of
+    weights, 4 in a forward that is recomputed; each moves 7/8 of [T, H] over NVLink.
+    """
+    one = plan("llama3-70b", assume=("link_utilization=1",))
+    tokens = one.workload.rank_sequences(one.config.layout) * one.workload.length
+    assert one.train.tensor == pytest.approx(4 * 40 * 14 * tokens * 8192 * 2 * 7 / 8 / 450e9)
+    kept = plan("llama3-70b", "model.recompute=none", assume=("link_utilization=1",))
+    assert kept.train.tensor == pytest.approx(one.train.tensor * 10 / 14)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seconds_a_byte"),
+    [
+        # Eight ranks of one node: seven peers over NVLink.
+        ((), 7 / 8 / 450e9),
+        # Two nodes: the half that leaves the node is what takes longer.
+        (("parallel.expert=16", "parallel.data=8"), 8 / 16 / 50e9),
+    ],
+)
+def test_all_to_all_by_hand(overrides: tuple[str, ...], seconds_a_byte: float) -> None:
+    """Each token's hidden state to 8 experts and back, in forward, recomputed forward and backward."""
+    one = plan("qwen3-30b-a3b", *overrides, assume=("link_utilization=1",))
+    tokens = one.workload.rank_sequences(one.config.layout) * one.workload.length
+    sent = 4 * 48 * 6 * tokens / 2 * 2048 * 2 * 8
+    assert one.train.expert == pytest.approx(sent * seconds_a_byte)
+    assert plan("qwen3-30b-a3b", *overrides, assume=("link_utilization=1", "imbalance=2")).train.expert == (
+        pytest.approx(2 * one.train.expert)
+    )
+
+
+def test_a_decode_step_meets_the_experts_of_its_tokens() -> None:
+    """One token reads 8 of 128 experts, many read all."""
+    hf = architecture("qwen3-30b-a3b")
+    experts = 48 * 128 * 3 * 2048 * 768
+    total = PUBLISHED["qwen3-30b-a3b"]
+    assert weights_met(hf, 1) == pytest.approx((total - experts + experts * 8 / 128) / total)
+    assert weights_met(hf, 2) == pytest.approx((total - experts + experts * (1 - (120 / 128) ** 2)) / total)
+    assert weights_met(hf, 4096) == pytest.approx(1)
+    assert weights_met(architecture("llama3-70b"), 1) == 1
+
+
 def test_decoding_reads_weights_and_cache() -> None:
     """One sequence of a dense model at a time: bytes over bandwidth, and a fixed time a layer."""
     assume = ("prompt_tokens=100", "response_tokens=200", "memory_utilization=1", "decode_layer_us=1e-9")
@@ -353,6 +397,7 @@ def test_671b_in_under_three_seconds_without_torch() -> None:
     """Of processor time, since a machine may be busy with other things."""
     code = f"""import sys
 from drpo_megatron import cli
+from drpo_megatron.bench import plan as bench_plan
 try:
     cli.main(["plan", *{words("deepseek-v3-671b")!r}])
 finally:
@@ -399,6 +444,7 @@ def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
         (["--assume", "mfu=1"], "'mfu' is no assumption; known are"),
         (["--assume", "imbalance=many"], "'many' is not a number"),
         (["--assume", "imbalance=0"], "must be above 0"),
+        (["--assume", "response_tokens=5000"], "is above rollout.sampling.max_new_tokens = 4096"),
         (["parallel.tensr=8"], "did you mean 'tensor'"),
     ],
 )
@@ -411,6 +457,16 @@ def test_a_bad_question_is_answered(given: list[str], says: str, capsys: pytest.
 def test_a_recipe_says_how_its_model_is_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(str(ROOT / "configs" / "quickstart.yaml"), f"model.path={tmp_path / 'none'}") == 2
     assert "drpo train CONFIG --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", bench_plan.LAYOUTS, ids=lambda layout: layout.name)
+def test_the_bench_measures_layouts_that_exist(layout: bench_plan.Layout, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(bench_plan.settings(layout, tmp_path)))
+    config = load_config(path)
+    assert config.layout.world_size == layout.ranks <= 4
+    assert config.layout.layers_per_stage(8)
+    assert len({one.name for one in bench_plan.LAYOUTS}) == len(bench_plan.LAYOUTS) >= 8
 
 
 def test_the_scaling_page_is_what_its_script_writes() -> None:
