@@ -1,10 +1,10 @@
 """FP8 numbers: how a tensor is scaled, rounded and restored under each recipe of Transformer Engine 2.20.
 
 Formulas and special cases are those of its kernels with the recipes' defaults: `compute_scale_from_amax` for tensorwise
-(any float32 scale) and blockwise (powers of two, rounded down, or any), `amax_and_scale_update` for delayed, `float_to_e8m0`
-for mxfp8. A value is multiplied by its scale in float32 and rounded to the nearest FP8 number, ties to even; what lies
-beyond the largest one, infinity included, becomes the largest; NaN stays NaN and never counts as a largest value.
-`docs/fp8.md` has it on one page.
+(any float32 scale) and blockwise (powers of two, rounded down, or any), `amax_and_scale_update` for delayed,
+`float_to_e8m0` for mxfp8. A value is multiplied by its scale in float32 and rounded to the nearest FP8 number, ties to
+even; what lies beyond the largest one, infinity included, becomes the largest; NaN stays NaN and never counts as a
+largest value. `docs/fp8.md` has it on one page.
 
 Pure functions of torch tensors, on any device.
 """

@@ -40,8 +40,8 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     **{f"fp8-{recipe}": ("fp8.rollout=true", f"fp8.recipe={recipe}") for recipe in RECIPES},
     "fp8-matched": ("fp8.rollout=true", "fp8.recipe=blockwise", "fp8.block_scales=float32"),
 }
-"""Name → settings. bf16 stands for the recipe's model.dtype, in training and rollouts; from the third on they are end to
-end, and the last trains with the servers' own formula of scales."""
+"""Name → settings. bf16 stands for the recipe's model.dtype, in training and rollouts; from the third on they are end
+to end, and the last trains with the servers' own formula of scales."""
 
 STALENESS = (1, 4, 8)
 SEEDS = (0, 1, 2, 3, 4)
