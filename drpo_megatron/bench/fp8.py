@@ -3,9 +3,12 @@
 Real trainer, real server, `UPDATES` optimizer updates a run, `STALENESS` on each rollout batch, `SEEDS` seeds; FP8 is
 emulated without a GPU. What the study is: docs/results/fp8-stability.md.
 
+End to end is blockwise training with the servers' formula of scales (`fp8.block_scales: float32`). With Transformer
+Engine's default, powers of two, trainer and servers round the same weights to other numbers: `*_default_scales`.
+
 * `mismatch_kl_*`: nats a token, geometric mean over the runs, with its interval of 95 %.
-* `rollout_over_e2e`, `e2e_over_bf16`: how many times the one KL is the other, over pairs of runs of the same loss and
-  seed, with the interval of 95 %; above 1 where the order FP8 rollout only > FP8 end to end > bf16 held.
+* `rollout_over_e2e`, `e2e_over_bf16` and so on: how many times the one KL is the other, over pairs of runs of the same
+  loss and seed, with the interval of 95 %; above 1 where the order FP8 rollout only > FP8 end to end > bf16 held.
 * `order_held`: 1 where both intervals are above 1, 0 where one is not.
 * `collapse_share_LOSS`: share of its runs that collapsed, with Wilson's interval.
 * `final_reward_LOSS`: mean over its runs, lowest and highest.
@@ -29,8 +32,8 @@ from drpo_megatron.study.statistics import Interval
 from drpo_megatron.study.summary import Results
 
 LOSSES = ("drpo", "grpo", "pg")
-END_TO_END = "fp8-blockwise"
-PRECISIONS = ("bf16", "fp8-rollout", END_TO_END)
+END_TO_END, DEFAULT_SCALES = "fp8-matched", "fp8-blockwise"
+PRECISIONS = ("bf16", "fp8-rollout", END_TO_END, DEFAULT_SCALES)
 STALENESS, SEEDS, UPDATES = 8, (0, 1), 96
 
 
@@ -63,6 +66,7 @@ def figures_of(records: Sequence[Record], updates: int) -> dict[str, Figure]:
         raise RuntimeError("; ".join(f"{r.job.key} failed: {r.reason}" for r in results.failed))
     figures: dict[str, Figure] = {}
     names = {"bf16": "bf16", "fp8_rollout": "fp8-rollout", "fp8_e2e": END_TO_END}
+    names["fp8_e2e_default_scales"] = DEFAULT_SCALES
     for name, precision in names.items():
         figures[f"mismatch_kl_{name}"] = _figure(results.mismatch(precision))
     ratios = {
@@ -70,6 +74,7 @@ def figures_of(records: Sequence[Record], updates: int) -> dict[str, Figure]:
         "e2e_over_bf16": results.mismatch_ratio(END_TO_END, "bf16"),
     }
     figures |= {name: _figure(ratio) for name, ratio in ratios.items()}
+    figures["rollout_over_e2e_default_scales"] = _figure(results.mismatch_ratio("fp8-rollout", DEFAULT_SCALES))
     held = float(all(figures[name].spread[0] > 1 for name in ratios))
     figures["order_held"] = Figure.of([held])
     for loss in LOSSES:

@@ -77,7 +77,9 @@ def test_cells_differ_in_nothing_but_loss_precision_and_age() -> None:
         assert config.algorithm.loss_args == dict(cell.parameters)
         assert config.fp8.rollout == (cell.precision != "bf16")
         assert config.fp8.backend == ("transformer_engine" if cell.precision == "bf16" else "emulate")
-        assert (config.fp8.recipe or "none") in cell.precision or config.fp8.recipe is None
+        recipe = "blockwise" if cell.precision == "fp8-matched" else cell.precision.removeprefix("fp8-")
+        assert config.fp8.recipe in (recipe, None)
+        assert (config.fp8.block_scales == "float32") == (cell.precision == "fp8-matched")
     assert len(totals) == 1 and next(iter(totals))[:2] == (128, 64)
     assert {c.fp8.recipe for c in configs.values()} == {None, *grid.RECIPES}
     # No two runs share a directory.
@@ -302,7 +304,7 @@ def test_the_digest_is_of_settings_and_not_of_comments(tmp_path: Path) -> None:
 
 def small_study() -> list[Record]:
     collapses = [*LEARNS[:6], 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
-    kls = {"bf16": 1e-5, "fp8-rollout": 4e-3, "fp8-blockwise": 1e-3}
+    kls = {"bf16": 1e-5, "fp8-rollout": 4e-3, "fp8-blockwise": 1e-3, "fp8-matched": 5e-4}
     return [
         record(
             collapses if loss == "pg" and precision != "bf16" else [r + 0.01 * seed for r in LEARNS],
@@ -322,9 +324,9 @@ def test_the_report_keeps_the_conclusions_and_says_what_numbers_decide(tmp_path:
     runs = small_study()
     report.write_report(path, runs, UPDATES, 64, 0.5)
     first = path.read_text()
-    assert "`pg` collapsed in 4 of 6 runs" in first and "`drpo` collapsed in 0 of 6 runs" in first
-    assert "Final reward of `drpo` over `pg`: higher in 2 cells, lower in 0, not told apart in 1." in first
-    assert "Final reward of `drpo` over `grpo`: higher in 0 cells, lower in 0, not told apart in 3." in first
+    assert "`pg` collapsed in 6 of 8 runs" in first and "`drpo` collapsed in 0 of 8 runs" in first
+    assert "Final reward of `drpo` over `pg`: higher in 3 cells, lower in 0, not told apart in 1." in first
+    assert "Final reward of `drpo` over `grpo`: higher in 0 cells, lower in 0, not told apart in 4." in first
     path.write_text(first.replace("Not written yet.", "A person\n\nconcluded this."))
     failed = record([], loss="cispo", status="failed")
     report.write_report(path, [*runs, failed], UPDATES, 64, 0.5)
@@ -355,7 +357,7 @@ def test_pictures_and_page(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     write_page(page, runs, UPDATES, pictures)
     text = page.read_text()
-    assert text.count("<tr") == 1 + 9 and text.count("data:image/png;base64,") == 4
+    assert text.count("<tr") == 1 + 12 and text.count("data:image/png;base64,") == 4
     assert "http://" not in text and "https://" not in text
     assert mean_curve([[1.0, 2.0], [3.0, math.nan, 5.0]]).tolist() == [2.0, 2.0, 5.0]
 
@@ -363,11 +365,11 @@ def test_pictures_and_page(tmp_path: Path) -> None:
 def test_figures_of_the_bench() -> None:
     figures = fp8.figures_of(small_study(), UPDATES)
     assert figures["mismatch_kl_bf16"].value == pytest.approx(1e-5 * math.sqrt(1.1))
-    assert figures["rollout_over_e2e"].value == pytest.approx(4) and figures["e2e_over_bf16"].value == pytest.approx(
-        100
-    )
+    assert figures["rollout_over_e2e"].value == pytest.approx(8)
+    assert figures["rollout_over_e2e_default_scales"].value == pytest.approx(4)
+    assert figures["e2e_over_bf16"].value == pytest.approx(50)
     assert figures["order_held"].value == 1
-    assert figures["collapse_share_pg"].value == pytest.approx(4 / 6) and figures["collapse_share_drpo"].value == 0
+    assert figures["collapse_share_pg"].value == pytest.approx(6 / 8) and figures["collapse_share_drpo"].value == 0
     equal = [replace(r, metrics=r.metrics | {"mismatch/k3": [1e-5] * 12}) for r in small_study()]
     assert fp8.figures_of(equal, UPDATES)["order_held"].value == 0
     assert json.dumps({name: figure.to_json() for name, figure in figures.items()})
