@@ -29,6 +29,12 @@ def run(parsed: argparse.Namespace) -> list[str]:
     config = load_config(parsed.config, parsed.overrides)
     hf = _architecture(config)
     device, assumed = DEVICES[parsed.device], Assumptions.of(config, parsed.assume)
+    if config.fp8.recipe is not None or config.fp8.rollout:
+        print(
+            f"drpo: fp8 is planned as {config.model.dtype}: what servers and FP8 parameters hold, what a sync sends "
+            "and the seconds of both are upper bounds",
+            file=sys.stderr,
+        )
     problems = (_search if parsed.search else _plan)(parsed, config, hf, device, assumed)
     for problem in problems:
         print(f"drpo: {problem}", file=sys.stderr)

@@ -425,6 +425,15 @@ def test_json_has_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["seconds"]["step"] > printed["seconds"]["train"] > 0
 
 
+def test_a_plan_says_that_it_does_not_know_fp8(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*words("llama3-70b"))
+    plain = capsys.readouterr()
+    run(*words("llama3-70b", "fp8.recipe=blockwise"))
+    in_fp8 = capsys.readouterr()
+    assert plain.out == in_fp8.out and "fp8" not in plain.err
+    assert "fp8 is planned as bfloat16" in in_fp8.err
+
+
 def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words("llama3-70b", "model.recompute=none")) == 2
     assert "set model.recompute=full" in capsys.readouterr().err
