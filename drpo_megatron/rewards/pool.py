@@ -127,6 +127,8 @@ class _Feeder(threading.Thread):
             self._start_process()
         while (item := self._samples.get()) is not None:
             sample, future = item
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever asked was cancelled; from here on it cannot be
             try:
                 future.set_result(self._score(sample))
             except (RewardError, OSError) as error:

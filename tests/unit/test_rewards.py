@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import subprocess
@@ -65,6 +66,23 @@ def test_pool_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
     assert {p.pid for p in children()} <= before
     with pytest.raises(RewardError, match="closed"):
         pool.score(rollouts)
+
+
+def test_a_cancelled_score_leaves_the_pool_alive() -> None:
+    """As when a run stops, or a step does not wait for a group, while its samples are scored."""
+    config = RewardConfig(type="function", function="tests.unit.misbehaving:behave", timeout_s=0.7)
+
+    async def cancel_one_and_score_another(pool: RewardPool) -> None:
+        waits = asyncio.create_task(pool.score_async([rollout("python loop"), rollout("fine")]))
+        await asyncio.sleep(0.3)
+        waits.cancel()
+        await asyncio.wait_for(pool.score_async([last]), timeout=60)
+
+    last = rollout("fine")
+    with RewardPool(config, FUNCTION_DATA) as pool:
+        pool.score([rollout("fine")])
+        asyncio.run(cancel_one_and_score_another(pool))
+    assert last.reward == 0.5
 
 
 def test_a_verifier_that_eats_memory(caplog: pytest.LogCaptureFixture) -> None:
