@@ -239,7 +239,7 @@ def test_ensure_model_is_made_once_and_checked(tmp_path: Path) -> None:
     assert not torch.equal(first["lm_head.weight"], third["lm_head.weight"])
     with pytest.raises(FileExistsError, match="seed 4"):
         ensure_model("tiny_qwen3", path, seed=4)
-    with pytest.raises(ValueError, match="known are tiny_qwen3, tiny_qwen3_moe, smollm2_135m"):
+    with pytest.raises(ValueError, match="known are tiny_qwen3, tiny_qwen3_blocks, tiny_qwen3_moe, smollm2_135m"):
         ensure_model("nope", tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "m", "other"]
 
