@@ -28,8 +28,10 @@ def limit_memory(memory_mb: int | None) -> None:
 def ran_out_of_memory(error: BaseException | None) -> bool:
     """Whether a failed allocation is behind `error`: an import hides it behind errors of its own."""
     while error is not None:
-        # The dynamic loader's words for a library that does not fit into the address space.
-        if isinstance(error, MemoryError) or "failed to map segment" in str(error):
+        # The dynamic loader's words for a library that does not fit into the address space, and the interpreter's where
+        # there was no memory for the exception either.
+        words = ("failed to map segment", "error return without exception set")
+        if isinstance(error, MemoryError) or any(said in str(error) for said in words):
             return True
         error = error.__cause__ or error.__context__
     return False

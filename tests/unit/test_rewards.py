@@ -21,6 +21,7 @@ from drpo_megatron.records import Prompt, Rollout
 from drpo_megatron.rewards import RewardError, RewardPool
 from drpo_megatron.rewards.examples import matching_characters
 from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
+from drpo_megatron.rewards.worker import ran_out_of_memory
 
 FUNCTION_DATA = DataConfig.model_validate(
     {"source": {"type": "function", "function": "drpo_megatron.data.examples:repeat_digit"}}
@@ -131,6 +132,13 @@ def test_a_limit_below_what_the_verifier_takes_is_named(memory_mb: int) -> None:
     data = DataConfig.model_validate({"source": {"type": "reasoning_gym", "task": "basic_arithmetic", "size": 5}})
     with RewardPool(config, data) as pool, pytest.raises(RewardError, match=f"reward.memory_mb = {memory_mb}: raise"):
         pool.score([rollout("-4", metadata={"entry": {}})])
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    lost = SystemError("error return without exception set")
+    hidden = ImportError("numpy: look at its sources")
+    hidden.__cause__ = MemoryError()
+    assert ran_out_of_memory(lost) and ran_out_of_memory(hidden) and not ran_out_of_memory(ImportError("no module"))
 
 
 def test_no_limit_of_memory() -> None:
