@@ -115,7 +115,7 @@ def test_an_examined_update_is_the_same_update(tmp_path: Path) -> None:
         # Two small updates have moved it since.
         assert tensors["decoder.layers.1.mlp.linear_fc2", "weight"].amax == pytest.approx(largest, abs=0.05), case
         assert all(0 <= t.saturated <= 1 and 0 <= t.underflow <= 1 and t.amax > 0 for t in tensors.values()), case
-        assert len({rank.gradient_cosine for rank in ranks}) == 1 and 0.8 < ranks[0].gradient_cosine < 0.999, case
+        assert len({rank.gradient_cosine for rank in ranks}) == 1 and 0.5 < ranks[0].gradient_cosine < 0.999, case
 
 
 def test_tensors_of_ranks_and_micro_batches_are_one() -> None:
