@@ -28,7 +28,7 @@ rollout batch and {{seeds}} seeds: [configs/fp8-stability.yaml](../../configs/fp
 
 ## How to run it
 
-```bash
+```
 python tools/fp8_stability.py                                          # all; goes on where it was stopped
 python tools/fp8_stability.py --report-only --html fp8-stability.html  # pages from the runs that there are
 drpo bench fp8 --json                                                  # a reduced grid, ten minutes on two cores
@@ -42,7 +42,8 @@ numbers are FP8's, the time is not. Every run is a line of `fp8-stability/runs-L
 What a run is:
 
 * **Precision.** `bf16`: model.dtype, training and rollouts. `fp8-rollout`: rollouts in FP8, training in bf16.
-  `fp8-RECIPE`: both, training by that recipe.
+  `fp8-RECIPE`: both, training by that recipe. `fp8-matched`: both, training blockwise with float32 scales, the
+  servers' own formula, where Transformer Engine's default are powers of two (`fp8.block_scales`).
 * **Staleness** U: updates on each rollout batch, whose log-probs are the rollout's in all of them. Equal in all cells:
   {{updates}} optimizer updates a run, {{samples}} samples an update, the learning rate, and all else. With larger U
   batches are larger and fewer.

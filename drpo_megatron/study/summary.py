@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from drpo_megatron.study.grid import RECIPES, Cell
+from drpo_megatron.study.grid import PRECISIONS, Cell
 from drpo_megatron.study.outcome import Outcome, outcome_of
 from drpo_megatron.study.records import Record
 from drpo_megatron.study.statistics import (
@@ -92,7 +92,7 @@ class Results:
 
 
 def end_to_end(precisions: Sequence[str]) -> list[str]:
-    return [name for name in precisions if name.removeprefix("fp8-") in RECIPES]
+    return [name for name in precisions if any(setting.startswith("fp8.recipe=") for setting in PRECISIONS[name])]
 
 
 def _mismatch(outcomes: Sequence[Outcome]) -> Interval:
