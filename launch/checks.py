@@ -93,7 +93,7 @@ def layout_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[str]:
     server, gpus = run.rollout.server, cluster.gpus_per_node
     if layout.world_size % cluster.nodes:
         yield (
-            f"nodes: {cluster.nodes} nodes do not share the {layout.world_size} ranks of the layout (tensor × pipeline × "
+            f"nodes: {cluster.nodes} nodes do not share the layout's {layout.world_size} ranks (tensor × pipeline × "
             "context × data) equally; change nodes, or parallel.data"
         )
         return
@@ -124,7 +124,7 @@ def layout_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[str]:
             )
     elif ranks + serving > gpus:
         yield (
-            f"gpus_per_node: the first node's {ranks} ranks and {serving} GPUs of servers are more than its {gpus} GPUs; "
+            f"gpus_per_node: the first node's {ranks} ranks and {serving} GPUs of servers are more than its {gpus}; "
             "use more nodes, a rollout group in the cluster file, or rollout.placement=colocated"
         )
 
@@ -142,8 +142,8 @@ def rollout_group_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[s
         )
     elif group.gpus_per_node % size:
         yield (
-            f"rollout.gpus_per_node: servers of {size} GPUs leave {group.gpus_per_node % size} of {group.gpus_per_node} "
-            "idle on each node; choose a multiple"
+            f"rollout.gpus_per_node: servers of {size} GPUs leave {group.gpus_per_node % size} of "
+            f"{group.gpus_per_node} idle on each node; choose a multiple"
         )
     if server.addresses:
         yield "rollout.server.addresses: names servers, and the cluster file starts some; remove one of them"
@@ -191,7 +191,7 @@ def path_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[str]:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield (
-            f"tracking.directory: {parent} cannot be written to by you; choose another directory, on a file system that "
+            f"tracking.directory: {parent} cannot be written to by you; choose another, on a file system that "
             "the nodes share"
         )
     container = cluster.container
@@ -213,7 +213,7 @@ def path_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[str]:
         needed["data.source.path"] = run.data.source.path
     for setting, path in needed.items():
         if path is not None and not any(path.absolute().is_relative_to(place) for place in mounted):
-            yield f"{setting}: {path} is not in the container; mount a directory above it where it is, in container.mounts"
+            yield f"{setting}: {path} is not in the container; mount a directory above it in container.mounts"
 
 
 def run_problems(run: RunConfig, cluster: ClusterConfig) -> Iterator[str]:
@@ -265,8 +265,8 @@ def slurm_problems(cluster: ClusterConfig) -> Iterator[str]:
         longest = _seconds(fields["MaxTime"])
         if longest is not None and cluster.seconds > longest:
             yield (
-                f"time_limit: {cluster.time_limit} is above the {fields['MaxTime']} of partition {partition}; lower it, "
-                "and let the job be requeued, or use --chain"
+                f"time_limit: {cluster.time_limit} is above the {fields['MaxTime']} of partition {partition}; lower "
+                "it, and let the job be requeued, or use --chain"
             )
         allowed = fields.get("AllowQos", "ALL")
         if cluster.qos and allowed not in ("ALL", "N/A") and cluster.qos not in allowed.split(","):

@@ -1,5 +1,5 @@
-"""The cluster file of `drpo submit`, typed: where a job runs and what it may use. The help text of a setting is the string
-under it; an unknown key is an error.
+"""The cluster file of `drpo submit`, typed: where a job runs and what it may use. The help text of a setting is the
+string under it; an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RolloutGroup(Section):
     nodes: int = Field(gt=0)
     """Nodes of the group."""
     gpus_per_node: int = Field(8, ge=0)
-    """GPUs of each: `gpus_per_node / rollout.server.tensor_parallel` servers. 0: nodes without GPUs, one server each."""
+    """GPUs of each: `gpus_per_node / rollout.server.tensor_parallel` servers. 0: nodes without GPUs, a server each."""
     cpus_per_node: int | None = Field(None, gt=0)
     """CPUs of each. null: what the partition gives."""
     memory_gb: int | None = Field(None, ge=0)
@@ -82,8 +82,8 @@ class ClusterConfig(Section):
     rollout: RolloutGroup | None = None
     """Nodes for the rollout servers: the job is heterogeneous. null: the servers run on the trainer's first node."""
     signal_lead_s: int = Field(300, ge=60, le=65535)
-    """Seconds before the time limit at which the run is told to save and stop. More than the longest step and a checkpoint
-    take. SLURM may be a minute early."""
+    """Seconds before the time limit at which the run is told to save and stop. More than the longest step and a
+    checkpoint take. SLURM may be a minute early."""
     requeue_limit: int = Field(20, ge=0)
     """How often a run is requeued, in all: at the time limit, after a stall, and without a node that is not well."""
     check_command: str | None = None

@@ -1,5 +1,5 @@
-"""The sbatch script of a job, and SLURM's commands. A value reaches the script quoted by `shlex`, or, in an #SBATCH line,
-where nothing can be quoted, only when it needs no quoting.
+"""The sbatch script of a job, and SLURM's commands. A value reaches the script quoted by `shlex`, or, in an #SBATCH
+line, where nothing can be quoted, only when it needs no quoting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SlurmError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What one sbatch script runs: a run, or one run for each task of an array. chained: another job goes on after it."""
+    """What one sbatch script runs: a run, or one for each task of an array. chained: another job goes on after it."""
 
     runs: Sequence[RunConfig]
     cluster: ClusterConfig
