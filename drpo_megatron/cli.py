@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, metavar="N", help="of trainer and servers together, for --search")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
-    command("settings", _settings, "Print every setting with its type, default and meaning.")
+    settings = command("settings", _settings, "Print every setting with its type, default and meaning.")
+    settings.add_argument("--cluster", action="store_true", help="those of the cluster file of `drpo submit`")
 
     plot = command("plot", _plot, "Draw the metrics of one or more runs into a PNG.")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -200,7 +201,12 @@ def _cancel(parsed: argparse.Namespace) -> int:
 
 
 def _settings(parsed: argparse.Namespace) -> int:
-    print(setting_reference())
+    if parsed.cluster:
+        from launch.cluster import ClusterConfig
+
+        print(setting_reference(ClusterConfig))
+    else:
+        print(setting_reference())
     return 0
 
 

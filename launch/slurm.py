@@ -94,7 +94,8 @@ def own_options(job: Job) -> dict[str, str | None]:
     }
     if len(job.runs) > 1:
         return options | {"array": f"0-{len(job.runs) - 1}"}
-    return options | {"dependency": "singleton"}
+    # SLURM makes the components of a heterogeneous job wait for each other then, for ever.
+    return options | {"dependency": None if cluster.rollout else "singleton"}
 
 
 def _given(options: Mapping[str, str | None]) -> dict[str, str]:
@@ -168,12 +169,12 @@ def slurm(*command: str, environment: Mapping[str, str] | None = None) -> str:
     return done.stdout.strip()
 
 
-def submit(script: Path, after: str | None = None) -> str:
-    """Hand the script to SLURM; returns the id of the job. `after`: a job that must have ended before.
+def submit(script: Path, dependency: str | None = None) -> str:
+    """Hand the script to SLURM; returns the id of the job. `dependency`: in place of the script's.
 
     The environment that submits goes along (sbatch --export=ALL), without the marks of a job that it may be in.
     """
-    dependency = [f"--dependency=singleton,afterany:{after}"] if after else []
+    options = [f"--dependency={dependency}"] if dependency else []
     marks = ("SLURM_", "SBATCH_", "SRUN_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(marks) or k == "SLURM_CONF"}
-    return slurm("sbatch", "--parsable", *dependency, str(script), environment=environment).split(";")[0]
+    return slurm("sbatch", "--parsable", *options, str(script), environment=environment).split(";")[0]

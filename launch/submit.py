@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
@@ -116,14 +117,19 @@ def _submit(job: Job, script: str, parsed: argparse.Namespace) -> int:
     state = job.runs[0].run_directory / STATE
     path = state / "job.sbatch"
     path.write_text(script)
+    scripts = [path] * parsed.chain
+    if parsed.chain > 1:
+        path.write_text(render(replace(job, chained=True)))
+        scripts[-1] = state / "last.sbatch"
+        scripts[-1].write_text(script)
     ids: list[str] = []
-    for link in range(parsed.chain):
-        if link < parsed.chain - 1:
-            chained = state / "link.sbatch"
-            chained.write_text(render(Job(job.runs, job.cluster, chained=True)))
-            ids.append(submit(chained, after=ids[-1] if ids else None))
-        else:
-            ids.append(submit(path, after=ids[-1] if ids else None))
+    try:
+        for each in scripts:
+            ids.append(submit(each, f"afterany:{ids[-1]}" if ids else None))
+    except SlurmError:
+        if ids:
+            slurm("scancel", *ids)  # a part of a chain is nothing that was asked for
+        raise
     for index, config in enumerate(job.runs):
         task = f"_{index}" if len(job.runs) > 1 else ""
         jobs = [f"{one}{task}" for one in ids]

@@ -126,8 +126,12 @@ def test_a_bad_node_and_a_requeue_in_the_middle(site: Site) -> None:
     assert "node node1 is not well: check_command ended with code 1" in log
     assert "requeued, 1 of 20: without node1" in log and "requeued, 2 of 20: stopped as it was told to, after" in log
     assert log.splitlines()[-1].endswith(" done")
-    first, second = [p for p in (site.directory / "requeued").glob("log*") if (p / "rank_1.log").exists()]
-    assert any("goes on" in p.read_text() or "resum" in p.read_text().lower() for p in (first / "rank_0.log", second / "rank_0.log"))
+    run = site.directory / "requeued"
+    assert all((run / log / "torchrun-1.log").exists() for log in ("log", "log.1"))
+    assert "checkpoints/step_000001" in (run / "log.1" / "rank_0.log").read_text()
+    assert (
+        "checkpoints/step_000001" not in (run / "log" / "rank_0.log").read_text()
+    )  # it went on, and did not start anew
     assert not (site.directory / "requeued" / "slurm" / "api_key").exists()
 
 
@@ -194,7 +198,9 @@ def _nothing_is_left(site: Site) -> None:
 
     def alive() -> list[str]:
         lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"]) if p.pid != os.getpid()]
-        return [" ".join(line) for line in lines if any(mark in word for word in line) and "pytest" not in " ".join(line)]
+        return [
+            " ".join(line) for line in lines if any(mark in word for word in line) and "pytest" not in " ".join(line)
+        ]
 
     deadline = time.monotonic() + 60
     while left := alive():

@@ -1,5 +1,5 @@
-"""Jobs that cannot run are refused by `drpo submit` on the login node: a sentence that says what to do, exit code 2, and
-nothing written or submitted.
+"""Jobs that cannot run are refused by `drpo submit` on the login node: a sentence that says what to do, exit code 2,
+and nothing written or submitted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ RUN = ("parallel.tensor=2", "parallel.data=4", "save.every=5")
 
 @dataclass(frozen=True)
 class Refusal:
-    """`cluster` over CLUSTER, `overrides` over quickstart.yaml and RUN, `options` of the command: the message has `words`."""
+    """`cluster` over CLUSTER without `missing`, `overrides` over quickstart.yaml and RUN, `options` of the command: the
+    message has `words`.
+    """
 
     name: str
     words: tuple[str, ...]
