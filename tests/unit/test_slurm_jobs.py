@@ -16,6 +16,13 @@ import pytest
 from drpo_megatron.config import RunConfig, load_config
 from drpo_megatron.platform.layout import ParallelLayout
 from launch import jobs, local
+from launch.checks import (
+    cluster_problems,
+    layout_problems,
+    option_problems,
+    rollout_group_problems,
+    time_problems,
+)
 from launch.cluster import ClusterConfig, load_cluster
 from launch.node import KEY_VARIABLE, Node, with_servers
 from launch.preflight import Report, node_problems, strangers
@@ -201,3 +208,16 @@ def test_a_directory_without_a_job(tmp_path: Path) -> None:
     assert jobs.active_jobs(tmp_path) == []
     with pytest.raises(ValueError, match="drpo submit"):
         jobs.status(argparse.Namespace(run=tmp_path))
+
+
+def test_the_example_takes_a_70b_model() -> None:
+    """The cluster file in the documentation's first command, without the files that it names."""
+    config, example = run70b(), load_cluster(ROOT / "configs" / "clusters" / "example.yaml")
+    problems = [*layout_problems(config, example), *rollout_group_problems(config, example)]
+    problems += [*time_problems(config, example), *cluster_problems(example), *option_problems(Job([config], example))]
+    assert problems == []
+    assert example.servers(config.rollout.server.tensor_parallel) == 1
+
+
+def run70b() -> RunConfig:
+    return load_config(ROOT / "configs" / "llama3-70b.yaml", ["save.every=10"])
