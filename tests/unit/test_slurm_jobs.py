@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from launch.checks import (
     time_problems,
 )
 from launch.cluster import ClusterConfig, load_cluster
-from launch.node import KEY_VARIABLE, Node, with_servers
+from launch.node import KEY_VARIABLE, Node, train, with_servers
 from launch.preflight import Report, node_problems, strangers
 from launch.slurm import TEMPLATE, Job, render
 
@@ -221,3 +222,51 @@ def test_the_example_takes_a_70b_model() -> None:
 
 def run70b() -> RunConfig:
     return load_config(ROOT / "configs" / "llama3-70b.yaml", ["save.every=10"])
+
+
+@pytest.mark.parametrize(
+    ("index", "code", "records", "outcome", "returned"),
+    [
+        (0, 0, {}, ("done", "done"), 0),
+        (1, 0, {}, None, 0),
+        (0, 130, {"stopped.txt": "stopped after 3 steps"}, ("again", "stopped after 3 steps"), 0),
+        (1, 130, {}, None, 0),
+        (0, 130, {}, ("cause", "n1: torchrun ended with code 130"), 1),
+        (1, 1, {"error_rank_3.txt": "ValueError: no"}, ("cause", "n2: rank 3: ValueError: no"), 1),
+        (1, 1, {}, ("cause", "n2: torchrun ended with code 1"), 1),
+        (0, 1, {"error_rank_0.txt": "Stalled: step 3\nexit code 75: a scheduler may"}, ("again", "Stalled: step 3"), 1),
+    ],
+)
+def test_what_became_of_the_run(
+    index: int,
+    code: int,
+    records: dict[str, str],
+    outcome: tuple[str, str] | None,
+    returned: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the exit code of this node's torchrun, and the records that ranks left; the first node answers for the run."""
+    config = run(f"tracking.directory={tmp_path}", "save.every=1", "save.resume=true")
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    names = {"n1": "127.0.0.1", "n2": "127.0.0.1"}
+    here = Node(list(names)[index], index, names, config.run_directory, attempt)
+    if index:
+        replace(here, index=0).publish("meet-train.json", ["127.0.0.1", 1])
+        (config.run_directory / "log").mkdir(parents=True)
+
+    def ranks(config: RunConfig, layout: ParallelLayout, place: local.Place) -> int:
+        assert (place.nodes, place.index) == (2, index)
+        for name, text in records.items():
+            (config.run_directory / "log" / name).write_text(text + "\n")
+        return code
+
+    monkeypatch.setattr(local, "run", ranks)
+    previous = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert train(here, config, cluster(nodes=2)) == returned
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    written = {path.name: path.read_text().strip() for path in attempt.iterdir() if path.suffix != ".json"}
+    assert written == (dict([outcome]) if outcome else {})

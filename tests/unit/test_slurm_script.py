@@ -111,9 +111,7 @@ def test_done_and_nothing_left_to_do(run_script: Run) -> None:
 def test_the_first_cause_is_in_the_last_line(run_script: Run) -> None:
     failed = run_script("train) echo 'n1: rank 3: it broke' >$A/cause; exit 1 ;;")
     assert failed.code == 1 and "requeue" not in failed.calls
-    assert (
-        failed.log[-1].split(" ", 1)[1].strip() == "failed: srun of the trainer ended with code 1: n1: rank 3: it broke"
-    )
+    assert failed.log[-1].strip().endswith(" failed: srun of the trainer ended with code 1: n1: rank 3: it broke")
 
 
 def test_servers_that_end_take_the_trainer_along(run_script: Run) -> None:
