@@ -116,7 +116,8 @@ def test_the_first_cause_is_in_the_last_line(run_script: Run) -> None:
 
 def test_servers_that_end_take_the_trainer_along(run_script: Run) -> None:
     """The trainer would wait for them; its srun is ended and says no more."""
-    steps = "serve) echo 'n1: no server' >$A/cause; exit 3 ;; train) for i in $(seq 20); do command -p sleep 0.1; done; echo late ;;"
+    late = "for i in $(seq 20); do command -p sleep 0.1; done; echo late"
+    steps = f"serve) echo 'n1: no server' >$A/cause; exit 3 ;; train) {late} ;;"
     failed = run_script(steps, rollout={"nodes": 1})
     time.sleep(3)
     assert "late" not in failed.read()
