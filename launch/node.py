@@ -33,7 +33,7 @@ _POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Node:
-    """This node of a component of the job, number `index` of `names`. `run`, `attempt`: directories."""
+    """This node of a component of the job, number `index` of those of `addresses`. `run`, `attempt`: directories."""
 
     name: str
     index: int
@@ -44,11 +44,11 @@ class Node:
     @classmethod
     def here(cls) -> Node:
         """From the environment that srun and the job's script give."""
-        pairs = (pair.split("=", 1) for pair in os.environ["DRPO_ADDRESSES"].split())
+        addresses = dict(pair.split("=", 1) for pair in os.environ["DRPO_ADDRESSES"].split())
         return cls(
             name=os.environ["SLURMD_NODENAME"],
             index=int(os.environ["SLURM_NODEID"]),
-            addresses=dict(pairs),
+            addresses={name: addresses[name] for name in os.environ["DRPO_NODES"].split()},
             run=Path(os.environ["DRPO_RUN"]),
             attempt=Path(os.environ["DRPO_ATTEMPT"]),
         )

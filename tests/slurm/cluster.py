@@ -22,7 +22,7 @@ from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent
 
 NODES, CPUS, MEMORY_MB = 4, 16, 8000
-_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2")
 _LIBRARIES = ("usr/lib/x86_64-linux-gnu/slurm-wlm", "usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 
 
@@ -37,11 +37,14 @@ def unpack_packages(directory: Path) -> Path:
             raise Unavailable(f"SLURM's packages cannot be unpacked: {program} is not on this machine")
     root, packages = directory / "root", directory / "packages"
     packages.mkdir(parents=True)
-    listed = _apt(["install", "--simulate", "--no-install-recommends", *_PACKAGES], packages)
-    needed = [line.split()[1] for line in listed.splitlines() if line.startswith("Inst ")]
-    if not needed:
-        raise Unavailable("SLURM's packages are installed here already, and this cluster unpacks its own")
-    _apt(["download", "-qq", *needed], packages)
+    simulate = ["install", "--simulate", "--no-install-recommends", *_PACKAGES]
+    try:
+        listed = _apt(simulate, packages)
+    except Unavailable:
+        _apt(["update", "-qq"], packages)  # a fresh machine has no lists
+        listed = _apt(simulate, packages)
+    needed = {line.split()[1] for line in listed.splitlines() if line.startswith("Inst ")}
+    _apt(["download", "-qq", *sorted(needed | set(_PACKAGES))], packages)
     for package in packages.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, root], check=True, timeout=60)
     return root

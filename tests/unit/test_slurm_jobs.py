@@ -270,3 +270,13 @@ def test_what_became_of_the_run(
         signal.signal(signal.SIGUSR1, previous)
     written = {path.name: path.read_text().strip() for path in attempt.iterdir() if path.suffix != ".json"}
     assert written == (dict([outcome]) if outcome else {})
+
+
+def test_nodes_are_numbered_as_slurm_numbers_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scontrol show node` lists them in another order than SLURM_NODEID counts."""
+    variables = {"DRPO_ADDRESSES": "n1=10.0.0.1 n2=10.0.0.2 ", "DRPO_NODES": "n2 n1 ", "SLURMD_NODENAME": "n1"}
+    variables |= {"SLURM_NODEID": "1", "DRPO_RUN": str(tmp_path), "DRPO_ATTEMPT": str(tmp_path)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    here = Node.here()
+    assert here.names[here.index] == here.name == "n1" and here.address == "10.0.0.1"

@@ -66,7 +66,7 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         scripts = {
             "srun": _SRUN % steps.replace("$A", "$DRPO_ATTEMPT"),
             "scontrol": _SCONTROL,
-            "sleep": "#!/bin/bash\n",
+            "sleep": "#!/bin/bash\nexit 75\n",
         }
         for name, text in scripts.items():
             (tools / name).write_text(text)
