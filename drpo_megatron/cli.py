@@ -66,6 +66,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
 
+    job = command("submit", _submit, "Train in a SLURM job: check it here, and submit it.")
+    job.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
+    job.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.steps=10")
+    job.add_argument("--cluster", type=Path, required=True, metavar="CLUSTER", help="YAML file, see configs/clusters/")
+    job.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
+    job.add_argument("--resume", action="store_true", help="go on in the run's directory, from its newest checkpoint")
+    job.add_argument("--sweep", metavar="KEY=A,B,C", help="a run for each value, in an array job")
+    job.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before ends")
+
+    for name, function, text in (
+        ("status", _status, "Say how the jobs of a submitted run are."),
+        ("logs", _logs, "Print the end of a submitted run's log."),
+        ("cancel", _cancel, "Cancel the jobs of a submitted run."),
+    ):
+        about = command(name, function, text)
+        about.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
+        if name == "logs":
+            about.add_argument("--lines", type=int, default=40, metavar="N", help="of each file, 40 by default")
+            about.add_argument("--all", action="store_true", help="of the ranks and the servers too")
+
     plan = command("plan", _plan, "Say what a configuration needs on GPUs, without one: memory, seconds, layouts.")
     plan.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; of the model only config.json is read")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example parallel.tensor=8")
@@ -77,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, metavar="N", help="of trainer and servers together, for --search")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
-    command("settings", _settings, "Print every setting with its type, default and meaning.")
+    settings = command("settings", _settings, "Print every setting with its type, default and meaning.")
+    settings.add_argument("--cluster", action="store_true", help="those of the cluster file of `drpo submit`")
 
     plot = command("plot", _plot, "Draw the metrics of one or more runs into a PNG.")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -155,8 +176,37 @@ def _plan(parsed: argparse.Namespace) -> int:
     return EXIT_REFUSED if run(parsed) else 0
 
 
+def _submit(parsed: argparse.Namespace) -> int:
+    from launch import submit
+
+    return submit.run(parsed)
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from launch import jobs
+
+    return jobs.status(parsed)
+
+
+def _logs(parsed: argparse.Namespace) -> int:
+    from launch import jobs
+
+    return jobs.logs(parsed)
+
+
+def _cancel(parsed: argparse.Namespace) -> int:
+    from launch import jobs
+
+    return jobs.cancel(parsed)
+
+
 def _settings(parsed: argparse.Namespace) -> int:
-    print(setting_reference())
+    if parsed.cluster:
+        from launch.cluster import ClusterConfig
+
+        print(setting_reference(ClusterConfig))
+    else:
+        print(setting_reference())
     return 0
 
 

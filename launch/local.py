@@ -1,4 +1,7 @@
-"""Start a run on this host: one `torchrun` with a process a rank, and take it down again, whatever happens."""
+"""Start a run's ranks on this host: one `torchrun` with a process a rank, and take it down again, whatever happens.
+
+A run on one host starts all of them; in a job, `launch/node.py` does the same on each node.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,33 @@ SHUTDOWN_S = 45.0
 EXIT_INTERRUPTED = 130
 
 
-def training_command(config: RunConfig, layout: ParallelLayout) -> list[str]:
+@dataclass(frozen=True)
+class Place:
+    """This host among the `nodes` of a run, which share its ranks equally and in order. The first one's `address` and
+    `port` are where the ranks of several nodes meet.
+    """
+
+    nodes: int = 1
+    index: int = 0
+    address: str = ""
+    port: int = 0
+
+    def torchrun(self, layout: ParallelLayout) -> list[str]:
+        """torchrun's options. Its own rendezvous would number the nodes as they come."""
+        ranks = f"--nproc-per-node={layout.world_size // self.nodes}"
+        if self.nodes == 1:
+            return ["--standalone", ranks]
+        meet = [f"--master-addr={self.address}", f"--master-port={self.port}"]
+        return [f"--nnodes={self.nodes}", f"--node-rank={self.index}", *meet, ranks]
+
+
+def training_command(config: RunConfig, layout: ParallelLayout, place: Place) -> list[str]:
     """The command line of the trainer: SPMD ranks under torchrun, each reading the resolved configuration of the
     run.
     """
     return [
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.world_size}"),
+        *("-m", "torch.distributed.run", *place.torchrun(layout)),
         *("-m", "drpo_megatron.training.main", str(config.run_directory / "config.yaml")),
     ]
 
@@ -55,24 +78,24 @@ class Failure:
     code: int
 
 
-def prepare_run_directory(config: RunConfig) -> Path | None:
+def prepare_run_directory(config: RunConfig, keep: bool = False) -> Path | None:
     """Make `runs/NAME` with the resolved configuration. An earlier run of that name is moved aside; returns where
-    to. With save.resume only its configuration and logs are, inside the directory.
+    to. With save.resume, or to `keep` it, only its configuration and logs are, inside the directory.
     """
     directory = config.run_directory
     moved = None
-    if directory.exists() and config.save.resume:
+    if directory.exists() and (config.save.resume or keep):
         for path in (directory / "config.yaml", directory / "log"):
             if path.exists():
-                _move_aside(path)
+                move_aside(path)
     elif directory.exists():
-        moved = _move_aside(directory)
+        moved = move_aside(directory)
     (directory / "log").mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(config))
     return moved
 
 
-def _move_aside(path: Path) -> Path:
+def move_aside(path: Path) -> Path:
     """To the first free one of NAME.1, NAME.2 …"""
     moved = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
     return path.rename(moved)
@@ -98,17 +121,18 @@ def read_failure(config: RunConfig) -> Failure | None:
     return Failure(int(records[0].stem.rsplit("_", 1)[1]), records[0].read_text().strip(), code=1)
 
 
-def run(config: RunConfig, layout: ParallelLayout) -> int:
-    """Run to the end; returns the exit code (130 after Ctrl-C). No process of the run is alive when this returns.
+def run(config: RunConfig, layout: ParallelLayout, place: Place = Place()) -> int:
+    """Run to the end; returns the exit code (130 after Ctrl-C). No process of it is alive on this host when this
+    returns.
 
     Ctrl-C and SIGTERM become SIGTERM for torchrun, which passes it to the ranks; rank 0 stops the rollout servers. What
     is still there after `SHUTDOWN_S` seconds is killed. A run with checkpoints is first told to save one and stop, on
     SIGUSR1 too, and has save.deadline_s for it; a second Ctrl-C ends the wait.
     """
-    log = config.run_directory / "log" / "torchrun.log"
+    log = config.run_directory / "log" / (f"torchrun-{place.index}.log" if place.index else "torchrun.log")
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            training_command(config, layout),
+            training_command(config, layout, place),
             env={**os.environ, **training_environment(config)},
             stderr=sink,
             start_new_session=True,
@@ -175,7 +199,7 @@ def describe(config: RunConfig, layout: ParallelLayout, server_commands: list[li
         at = coordinates(layout, rank)
         lines.append(f"  rank {rank}: " + ", ".join(f"{axis} {index}" for axis, index in at.items()))
     environment = " ".join(f"{k}={v}" for k, v in training_environment(config).items())
-    lines += ["trainer:", f"  {environment} {shlex.join(training_command(config, layout))}"]
+    lines += ["trainer:", f"  {environment} {shlex.join(training_command(config, layout, Place()))}"]
     lines += ["rollout servers (started by rank 0):", *(f"  {shlex.join(command)}" for command in server_commands)]
     lines += [f"rollout server (started elsewhere): {url}" for url in config.rollout.server.addresses]
     return "\n".join(lines)

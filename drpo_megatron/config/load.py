@@ -32,6 +32,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Relative paths inside the configuration count from the working directory. Raises ConfigError with every problem.
     """
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section[S: Section](schema: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
+    """The same for any file whose settings `schema` describes."""
     raw = _read_yaml(Path(path))
     problems: list[str] = []
     for override in overrides:
@@ -42,9 +47,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     try:
-        return RunConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_problem(details) for details in error.errors()]) from error
+        raise ConfigError([_problem(details, schema) for details in error.errors()]) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -123,18 +128,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 # --- Problems -----------------------------------------------------------------------------------------------------
 
 
-def _problem(details: ErrorDetails) -> str:
+def _problem(details: ErrorDetails, schema: type[Section]) -> str:
     """One line for one pydantic error."""
-    keys, section = _resolve(details["loc"])
+    keys, section = _resolve(details["loc"], schema)
     path = ".".join(keys)
     given, context, kind = details["input"], details.get("ctx", {}), details["type"]
     if kind == "extra_forbidden":
-        return f"{path}: unknown key; {_nearest_key(keys[-1], section)}"
+        return f"{path}: unknown key; {_nearest_key(keys[-1], section, schema)}"
     if kind == "missing":
         description = section.model_fields[keys[-1]].description if section else None
         return f"{path}: is required; set it" + (f" ({_decapitalised(description)})" if description else "")
     if kind == "union_tag_not_found":
-        return f"{path}.type: is required; set it to one of {', '.join(_tags(details['loc']))}"
+        return f"{path}.type: is required; set it to one of {', '.join(_tags(details['loc'], schema))}"
     if kind == "union_tag_invalid":
         return f"{path}.type: {context['tag']!r} is unknown; choose one of {context['expected_tags']}"
     if kind == "model_type" or kind == "model_attributes_type":
@@ -149,13 +154,13 @@ def _decapitalised(text: str) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def _resolve(location: Sequence[int | str]) -> tuple[list[str], type[Section] | None]:
+def _resolve(location: Sequence[int | str], schema: type[Section]) -> tuple[list[str], type[Section] | None]:
     """The dotted keys of an error's location, and the section that its last key belongs to.
 
     pydantic puts the tag of a discriminated union into the location; the user never wrote it as a key.
     """
     keys: list[str] = []
-    here: Any = RunConfig
+    here: Any = schema
     parent: Any = None
     for part in location:
         if isinstance(here, dict):
@@ -174,8 +179,10 @@ def _child(section: Any, key: str) -> Any:
     field = section.model_fields[key]
     if field.discriminator:
         return _variants(field)
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    for annotation in (field.annotation, *typing.get_args(field.annotation)):  # a section may be optional
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return annotation
+    return None
 
 
 def _variants(field: FieldInfo) -> dict[str, type[Section]]:
@@ -186,18 +193,18 @@ def _variants(field: FieldInfo) -> dict[str, type[Section]]:
     }
 
 
-def _tags(location: Sequence[int | str]) -> list[str]:
-    keys, section = _resolve(location)
+def _tags(location: Sequence[int | str], schema: type[Section]) -> list[str]:
+    keys, section = _resolve(location, schema)
     return list(_variants(section.model_fields[keys[-1]])) if section else []
 
 
-def _nearest_key(key: str, section: type[Section] | None) -> str:
+def _nearest_key(key: str, section: type[Section] | None, schema: type[Section]) -> str:
     valid = list(section.model_fields) if section else []
     hints = []
     nearest = difflib.get_close_matches(key, valid, n=1)
     if nearest:
         hints.append(f"did you mean {nearest[0]!r}?")
-    elsewhere = list(dict.fromkeys(f.path for f in field_help() if f.path.rsplit(".", 1)[-1] == key))
+    elsewhere = list(dict.fromkeys(f.path for f in field_help(schema) if f.path.rsplit(".", 1)[-1] == key))
     if elsewhere:
         hints.append(f"{key!r} is a setting at {' and '.join(elsewhere)}")
     return "; ".join(hints) if hints else f"valid keys here: {', '.join(valid)}"
@@ -221,14 +228,14 @@ class FieldHelp:
         return f"{self.path} ({self.variant})" if self.variant else self.path
 
 
-def field_help() -> list[FieldHelp]:
+def field_help(schema: type[Section] = RunConfig) -> list[FieldHelp]:
     """Every setting, in the order of the schema."""
-    return list(_walk(RunConfig, "", None))
+    return list(_walk(schema, "", None))
 
 
-def setting_reference() -> str:
+def setting_reference(schema: type[Section] = RunConfig) -> str:
     """Every setting with its type, default and meaning, as a Markdown table."""
-    rows = [(f"`{h.key}`", f"`{h.type}`", h.default, h.description) for h in field_help()]
+    rows = [(f"`{h.key}`", f"`{h.type}`", h.default, h.description) for h in field_help(schema)]
     cells = [tuple(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows]
     header = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     return "\n".join(header + [f"| {' | '.join(row)} |" for row in cells])

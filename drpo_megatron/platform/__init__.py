@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import resource
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "activate",
+    "as_seen_on",
     "backend",
     "compute_capability",
     "device",
@@ -22,10 +25,25 @@ __all__ = [
 ]
 
 
+_ELSEWHERE: list[tuple[int, int] | None] = []
+
+
+@contextlib.contextmanager
+def as_seen_on(capability: tuple[int, int] | None) -> Iterator[None]:
+    """For checks of a configuration that runs on other machines: with a GPU of this compute capability, None: without
+    one. Nothing may be computed meanwhile.
+    """
+    _ELSEWHERE.append(capability)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.pop()
+
+
 def has_cuda() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return _ELSEWHERE[-1] is not None if _ELSEWHERE else torch.cuda.is_available()
 
 
 def activate() -> None:
@@ -58,6 +76,8 @@ def compute_capability() -> tuple[int, int] | None:
     """Of this process's device, as (9, 0) for an H100; None without a CUDA device."""
     import torch
 
+    if _ELSEWHERE:
+        return _ELSEWHERE[-1]
     return torch.cuda.get_device_capability() if has_cuda() else None
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from drpo_megatron.cli import parse_arguments
 from drpo_megatron.config import load_config, setting_reference
+from launch.cluster import ClusterConfig, load_cluster
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -36,8 +37,10 @@ def test_every_command_of_the_documentation_is_one(page: str, line: str) -> None
         return
     assert words[0] == ".venv/bin/drpo", line
     parsed = parse_arguments(words[1:])
-    if words[1] == "train":
+    if words[1] in ("train", "submit"):
         load_config(ROOT / parsed.config, parsed.overrides)
+    if words[1] == "submit":
+        load_cluster(ROOT / parsed.cluster)
 
 
 def test_the_commands_are_found() -> None:
@@ -52,6 +55,11 @@ def test_every_recipe_loads(recipe: Path) -> None:
 
 def test_settings_page_is_current() -> None:
     assert (ROOT / "docs" / "settings.md").read_text().endswith(setting_reference().strip() + "\n"), "make settings"
+
+
+def test_settings_of_the_cluster_file_are_current() -> None:
+    """`drpo settings --cluster` prints the table."""
+    assert (ROOT / "docs" / "slurm.md").read_text().endswith(setting_reference(ClusterConfig).strip() + "\n")
 
 
 def test_links_and_pictures_exist() -> None:
