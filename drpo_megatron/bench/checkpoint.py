@@ -56,12 +56,13 @@ def run(model: Path, directory: Path, repetitions: int) -> dict[str, object]:
     torch.set_num_threads(1)
 
     from drpo_megatron.checkpoint import manifest as manifests
-    from drpo_megatron.checkpoint.saver import Saver
+    from drpo_megatron.checkpoint.saver import Saver, leave_alone_what_stays
     from drpo_megatron.training.step import Policy
 
     policy = Policy(configs["whole"])
     (update,) = synthetic_updates(1, 1, 2, policy.hf.vocab_size)
     policy.update(update, version=0)
+    leave_alone_what_stays()
     savers = {name: Saver(config) for name, config in configs.items()}
     samples: dict[str, list[float]] = {name: [] for name in (*_WAYS, *_WAYS.values())}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -173,6 +174,16 @@ class Saver:
         if error is not None:
             raise CheckpointError(error)
         return result
+
+
+def leave_alone_what_stays() -> None:
+    """Take what exists now out of all later garbage collections; call it once the policy is built.
+
+    Megatron-Core's optimizers collect garbage in every save, which goes through all objects of all libraries: two
+    thirds of the time that training waited for an asynchronous one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import NoReturn, Self, TextIO
 import torch.distributed as dist
 
 from drpo_megatron.algorithms import compute_advantages
-from drpo_megatron.checkpoint.saver import Saver
+from drpo_megatron.checkpoint.saver import Saver, leave_alone_what_stays
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.fp8 import audit
 from drpo_megatron.fp8.health import HealthLog
@@ -62,6 +62,7 @@ class Run:
                 self.watchdog.server_states = self.experience.server_states
             self.placement = placement_of(self.config, self.experience)
             self.policy = self.placement.start(lambda: Policy(self.config))
+            leave_alone_what_stays()
             started.callback(self.saver.close)
             if self.config.save.resume:
                 self._resume()
