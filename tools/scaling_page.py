@@ -118,23 +118,26 @@ def parts() -> str:
     )
 
 
+_STEP_COLUMNS = [
+    "H100",
+    "prompts a step",
+    "micro-batches",
+    "generate s",
+    "train s",
+    "sync s",
+    "step s",
+    "MFU",
+    "step, GPU hours",
+]
+
+
 def strong() -> str:
     rows = []
     for gpus, data, servers in STRONG:
         plan = plan_of("deepseek-v3-671b", CONCURRENCY, f"parallel.data={data} rollout.server.count={servers}")
         rows.append([str(gpus), *_step_cells(plan)])
     return table(
-        [
-            "H100",
-            "prompts a step",
-            "micro-batches",
-            "generate s",
-            "train s",
-            "sync s",
-            "step s",
-            "MFU",
-            "step, GPU hours",
-        ],
+        _STEP_COLUMNS,
         rows,
     )
 
@@ -151,17 +154,7 @@ def growing() -> str:
         )
         rows.append([str(gpus), *_step_cells(plan)])
     return table(
-        [
-            "H100",
-            "prompts a step",
-            "micro-batches",
-            "generate s",
-            "train s",
-            "sync s",
-            "step s",
-            "MFU",
-            "step, GPU hours",
-        ],
+        _STEP_COLUMNS,
         rows,
     )
 
