@@ -50,8 +50,13 @@ def run(model: Path, directory: Path, repetitions: int) -> dict[str, object]:
     from drpo_megatron.config import load_config
     from drpo_megatron.platform import distributed
 
-    overrides = [f"model.path={model}", f"tracking.directory={directory}", "parallel.pipeline=1", "save.every=1"]
-    configs = {name: load_config(RECIPE, [*overrides, f"save.asynchronous={name == 'stall'}"]) for name in _WAYS}
+    overrides = [f"model.path={model}", "parallel.pipeline=1", "save.every=1", "save.keep=1"]
+    configs = {
+        name: load_config(
+            RECIPE, [*overrides, f"tracking.directory={directory / name}", f"save.asynchronous={name == 'stall'}"]
+        )
+        for name in _WAYS
+    }
     distributed.initialize(configs["whole"].layout)
     torch.set_num_threads(1)
 

@@ -127,8 +127,9 @@ class Saver:
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the save that is under way, and for what it replaced to be deleted."""
         self._finalize(blocking=True)
+        self._on_rank_0(self._store.wait_for_deletions)
 
     def wait_for_writer(self) -> None:
         """Until this rank's part of the save that is under way is written. Not collective; `poll` then completes it."""

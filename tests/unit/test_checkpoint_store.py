@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,7 @@ def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path: Path) -> No
     write(store, 2, loss=1.0)
     path = write(store, 2, loss=2.0)
     assert manifests.read(path).metrics == {"loss": 2.0}
+    store.wait_for_deletions()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002"]
 
 
@@ -109,6 +112,35 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in store.checkpoints()] == ["step_000007", "step_000003", "step_000002"]
     store.retain(keep=2, keep_best=0, metric="reward")
     assert [p.name for p in store.checkpoints()] == ["step_000007", "step_000003"]
+
+
+def test_old_ones_are_deleted_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving a checkpoint its name does not wait for the files of those it replaces; the next one does."""
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2, 3):
+        write(store, step)
+    may_delete, rmtree = threading.Event(), shutil.rmtree
+
+    def slow(path: Path) -> None:
+        assert may_delete.wait(timeout=60)
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    store.retain(keep=1, keep_best=0, metric="reward")
+    removed = [tmp_path / f".step_00000{step}.removed" for step in (1, 2)]
+    assert [p.name for p in store.checkpoints()] == ["step_000003"] and all(path.is_dir() for path in removed)
+    may_delete.set()
+    store.begin(4)
+    assert not any(path.exists() for path in removed)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write(store, 4)
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    store.retain(keep=1, keep_best=0, metric="reward")
+    with pytest.raises(CheckpointError, match=r"old checkpoint could not be removed.*denied.*step_000003"):
+        store.begin(5)
 
 
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
