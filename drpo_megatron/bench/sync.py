@@ -200,11 +200,12 @@ class _Receiver:
         import torch
         import torch.distributed as dist
 
-        from drpo_megatron.sync.buckets import make_buckets
+        from drpo_megatron.sync.buckets import FlatBuffers, make_buckets
 
         in_flight = None
+        flats = FlatBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
         for bucket in make_buckets(tensors, bucket_bytes):
-            flat = bucket.flatten(torch.device("cpu"))
+            flat = flats.fill(bucket)
             if in_flight is not None:
                 in_flight[0].wait()
             in_flight = dist.broadcast(flat, src=0, async_op=True), flat

@@ -14,6 +14,10 @@ HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Environment of a process with large tensors in host memory: torch asks for huge pages, where the kernel gives them on
 request, and passes over memory take about a tenth less time. torch reads it once, at its first tensor."""
 
+KEEP_FREED_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296"}
+"""Environment of a process that makes and drops large tensors in host memory all the time, such as weight buckets: the
+C library keeps what is freed, where the kernel would give the next one new pages, zeroed one by one."""
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec only the call itself is safe
 

@@ -6,7 +6,7 @@ in its dtype, so every offset must be a multiple of the element size. A bucket h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -34,10 +34,13 @@ class Bucket:
 
     def flatten(self, device: torch.device) -> torch.Tensor:
         """The bytes of all tensors in order, uint8 [nbytes] on `device`: a copy, free of the tensors it came from."""
-        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        return self.write(torch.empty(self.nbytes, dtype=torch.uint8, device=device))
+
+    def write(self, flat: torch.Tensor) -> torch.Tensor:
+        """The same, as the beginning of `flat`, uint8 of at least nbytes."""
         for view, tensor in zip(self.views(flat), self.tensors, strict=True):
             view.copy_(tensor)
-        return flat
+        return flat[: self.nbytes]
 
     def views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Each tensor's place in `flat`, uint8 of at least nbytes, in its dtype and shape."""
@@ -45,6 +48,26 @@ class Bucket:
         for tensor in self.tensors:
             yield flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             offset += tensor.nbytes
+
+
+class FlatBuffers:
+    """Two buffers that take buckets in turn: one is filled while the other is on the wire or being loaded.
+
+    `allocate(nbytes)` makes an uint8 tensor; it is called only where a buffer is too small.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._allocate = allocate
+        self._buffers: list[torch.Tensor | None] = [None, None]
+
+    def fill(self, bucket: Bucket) -> torch.Tensor:
+        """What `bucket.write` returns; it holds until the next call but one."""
+        buffer = self._buffers[0]
+        if buffer is None or buffer.nbytes < bucket.nbytes:
+            self._buffers[0] = buffer = None  # before the larger one is made
+            buffer = self._allocate(bucket.nbytes)
+        self._buffers = [self._buffers[1], buffer]
+        return bucket.write(buffer)
 
 
 def make_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[Bucket]:

@@ -9,13 +9,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from drpo_megatron.rollout.errors import ServerRequestError
-from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.buckets import Bucket, FlatBuffers
 from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
 
@@ -72,8 +73,9 @@ class DistributedTransport:
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
         with weight_update(self._receivers, deadline, abandon=self._leave):
             in_flight: _InFlight | None = None
+            flats = FlatBuffers(partial(torch.empty, dtype=torch.uint8, device=self._device))
             for index, bucket in enumerate(buckets):
-                flat = bucket.flatten(self._device)
+                flat = flats.fill(bucket)
                 if in_flight is not None:
                     in_flight.finish(deadline)
                 # the first bucket drops the cache of the former weights: nothing runs until the push is complete

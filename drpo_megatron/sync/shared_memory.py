@@ -17,7 +17,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 import torch.multiprocessing
 
-from drpo_megatron.sync.buckets import Bucket
+from drpo_megatron.sync.buckets import Bucket, FlatBuffers
 from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
 
@@ -27,7 +27,7 @@ class SharedMemoryTransport:
 
     def __init__(self, receivers: Receivers) -> None:
         self._receivers = receivers
-        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._flats = FlatBuffers(_shared)
 
     def connect(self) -> None:
         pass
@@ -36,7 +36,7 @@ class SharedMemoryTransport:
         with weight_update(self._receivers, deadline, abandon=self._release):
             loading: Answers[None] | None = None
             for index, bucket in enumerate(buckets):
-                views = self._fill(index % 2, bucket)
+                views = list(zip(bucket.names, bucket.views(self._flats.fill(bucket)), strict=True))
                 if loading is not None:
                     loading.result()
                 # the first bucket drops the cache of the former weights: nothing runs until the push is complete
@@ -48,7 +48,7 @@ class SharedMemoryTransport:
         self._release()
 
     def _release(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._flats = FlatBuffers(_shared)
 
     def _start(self, views: list[tuple[str, torch.Tensor]], timeout_s: float, *, flush_cache: bool) -> Answers[None]:
         # A serialized tensor is counted as one user of the memory: one for each rank that will open it.
@@ -58,15 +58,6 @@ class SharedMemoryTransport:
                 payloads=payloads[server.url], flush_cache=flush_cache, timeout_s=timeout_s
             )
         )
-
-    def _fill(self, index: int, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
-        """The bucket's tensors, by name, in the buffer."""
-        if self._buffers[index].nbytes < bucket.nbytes:
-            self._buffers[index] = _shared(bucket.nbytes)
-        views = list(bucket.views(self._buffers[index]))
-        for view, tensor in zip(views, bucket.tensors, strict=True):
-            view.copy_(tensor)
-        return list(zip(bucket.names, views, strict=True))
 
 
 def serialize(named_tensors: list[tuple[str, torch.Tensor]]) -> str:

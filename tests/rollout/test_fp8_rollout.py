@@ -193,16 +193,16 @@ def test_a_server_holds_fp8_parameters(stored: Served) -> None:
 
 
 def test_a_wrong_scale_on_the_wire_is_found(stored: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, flatten = "model.layers.2.mlp.up_proj.weight_scale_inv", Bucket.flatten
+    name, write = "model.layers.2.mlp.up_proj.weight_scale_inv", Bucket.write
 
-    def spoil(bucket: Bucket, device: torch.device) -> torch.Tensor:
-        flat = flatten(bucket, device)
+    def spoil(bucket: Bucket, flat: torch.Tensor) -> torch.Tensor:
+        flat = write(bucket, flat)
         if name in bucket.names:
             start = sum(t.nbytes for t in bucket.tensors[: bucket.names.index(name)])
             flat[start + 2] ^= 1  # a bit of the mantissa of the first scale that bfloat16 keeps
         return flat
 
-    monkeypatch.setattr(Bucket, "flatten", spoil)
+    monkeypatch.setattr(Bucket, "write", spoil)
     with pytest.raises(SyncMismatch, match="values differ") as caught:
         stored.push(9)
     assert "model.layers.2.mlp.up_proj.weight" in caught.value.names and len(caught.value.names) == 2

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from drpo_megatron.sync.buckets import make_buckets
+from drpo_megatron.sync.buckets import Bucket, FlatBuffers, make_buckets
 
 CPU = torch.device("cpu")
 
@@ -105,3 +105,21 @@ def test_the_stream_is_not_read_ahead_of_the_bucket() -> None:
 def test_refusals(named: list[tuple[str, torch.Tensor]], max_bytes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(make_buckets(named, max_bytes))
+
+
+def test_two_buffers_in_turn() -> None:
+    """A bucket's bytes stand until the next but one is written; memory is taken only for a larger one."""
+    made: list[int] = []
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        made.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    flats = FlatBuffers(allocate)
+    buckets = [Bucket([f"w{n}"], [torch.full((n,), float(n))]) for n in (3, 4, 2, 5)]
+    written = [flats.fill(bucket) for bucket in buckets[:2]]
+    assert [torch.equal(f, b.flatten(CPU)) for f, b in zip(written, buckets, strict=False)] == [True, True]
+    third = flats.fill(buckets[2])
+    assert torch.equal(written[1], buckets[1].flatten(CPU)) and torch.equal(third, buckets[2].flatten(CPU))
+    assert third.data_ptr() == written[0].data_ptr() and made == [12, 16]
+    assert torch.equal(flats.fill(buckets[3]), buckets[3].flatten(CPU)) and made == [12, 16, 20]

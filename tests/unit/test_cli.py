@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from drpo_megatron import cli
+from drpo_megatron.commands import COMMANDS, EXIT_REFUSED
 from drpo_megatron.config import load_config
 from drpo_megatron.models.recipes import ensure_model
 from drpo_megatron.rollout.fleet import fleet_of
 from drpo_megatron.rollout.server_args import DELTA_LOADER
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def refuse(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         base = [f"model.path={model}", "model.recipe=null", f"tracking.directory={tmp_path / 'runs'}"]
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["train", str(QUICKSTART), *base, *overrides])
-        assert exit_info.value.code == cli.EXIT_REFUSED
+        assert exit_info.value.code == EXIT_REFUSED
         assert not (tmp_path / "runs").exists()
         return capsys.readouterr().err
 
@@ -122,3 +128,32 @@ def test_servers_of_a_delta_run_get_its_loader(model: Path) -> None:
     at = plain.index("--custom-weight-loader")
     assert plain[at + 1] == "a.b"
     assert delta == [*plain[: at + 2], DELTA_LOADER, *plain[at + 2 :]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_are_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = importlib.import_module(f"drpo_megatron.commands.{name}").EXAMPLES
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    for example in examples:
+        program, *words = shlex.split(example)
+        parsed = cli.parse_arguments(words)
+        assert program == "drpo" and words[0] == name and f"  {example}\n" in shown
+        if hasattr(parsed, "config"):
+            load_config(ROOT / parsed.config, parsed.overrides)
+
+
+def test_the_help_starts_no_heavy_library() -> None:
+    """`drpo --help` is a matter of the imports: none of those that take a second."""
+    code = """
+import sys
+from drpo_megatron import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    pass
+print([name for name in ("torch", "pandas", "matplotlib", "transformers", "sglang", "megatron") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

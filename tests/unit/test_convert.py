@@ -20,6 +20,7 @@ from drpo_megatron import cli
 from drpo_megatron.checkpoint import manifest
 from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.checkpoint.reader import CheckpointReader
+from drpo_megatron.commands import EXIT_REFUSED
 from drpo_megatron.weights import convert_verify, fp8
 from drpo_megatron.weights.convert_jobs import run_in_processes
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
@@ -170,7 +171,7 @@ def test_a_damaged_file_is_named_and_nothing_left(
     damage(checkpoint / name)
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["convert", str(checkpoint), str(tmp_path / "out"), "--to", "hf", "--processes", "1"])
-    assert exit_info.value.code == cli.EXIT_REFUSED
+    assert exit_info.value.code == EXIT_REFUSED
     message = capsys.readouterr().err
     assert str(checkpoint / name) in message and said in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -232,7 +233,7 @@ def test_existing_out_is_refused(models: Path, tmp_path: Path, capsys: pytest.Ca
     for source, to in (("qwen3", "checkpoint"), ("qwen3-checkpoint", "hf")):
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["convert", str(models / source), str(tmp_path), "--to", to])
-        assert exit_info.value.code == cli.EXIT_REFUSED and f"{tmp_path} exists" in capsys.readouterr().err
+        assert exit_info.value.code == EXIT_REFUSED and f"{tmp_path} exists" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

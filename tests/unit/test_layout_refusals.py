@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from drpo_megatron import cli
+from drpo_megatron.commands import EXIT_REFUSED
 from drpo_megatron.config import check_config, load_config
 from drpo_megatron.config.rollout_checks import rollout_problems
 from tests import tiny_models
@@ -333,7 +334,7 @@ def test_refused(
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["train", str(QUICKSTART), *base(model, runs), *shlex.split(refusal.overrides), "--dry-run"])
     message = capsys.readouterr().err
-    assert exit_info.value.code == cli.EXIT_REFUSED, message
+    assert exit_info.value.code == EXIT_REFUSED, message
     assert message.startswith("drpo: ") and len(message.splitlines()) == 1, message
     for word in refusal.words:
         assert word in message, message

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from drpo_megatron import cli
+from drpo_megatron.commands import EXIT_REFUSED
 from drpo_megatron.models.recipes import ensure_model
 from launch import checks
 
@@ -227,7 +228,7 @@ def test_refused(
     with pytest.raises(SystemExit) as exit_info:
         submit(tmp_path, model, refusal)
     message = capsys.readouterr().err
-    assert exit_info.value.code == cli.EXIT_REFUSED, message
+    assert exit_info.value.code == EXIT_REFUSED, message
     assert all(word in message for word in refusal.words), message
     assert "\ndrpo: " in f"\n{message}" and "Traceback" not in message
     assert not (tmp_path / "runs").exists()
