@@ -128,16 +128,16 @@ def test_a_push_replaces_all_weights_and_stamps_the_version(setup: Setup) -> Non
     ],
 )
 def test_one_wrong_element_on_the_wire_is_found(setup: Setup, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flatten = Bucket.flatten
+    write = Bucket.write
 
-    def flip(bucket: Bucket, device: torch.device) -> torch.Tensor:
-        flat = flatten(bucket, device)
+    def flip(bucket: Bucket, flat: torch.Tensor) -> torch.Tensor:
+        flat = write(bucket, flat)
         if name in bucket.names:
             end = sum(t.nbytes for t in bucket.tensors[: bucket.names.index(name) + 1])
             flat[end - 4] ^= 1  # the lowest bit of the last element's mantissa
         return flat
 
-    monkeypatch.setattr(Bucket, "flatten", flip)
+    monkeypatch.setattr(Bucket, "write", flip)
     with pytest.raises(SyncMismatch, match="values differ") as caught:
         setup.weights.push(setup.model.state_dict().items(), 3)
     setup.weights.connect([setup.server.url])
