@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent
 
@@ -67,6 +69,14 @@ def _free_ports(count: int) -> list[int]:
     return sorted(found)
 
 
+def _node_of(process: psutil.Process) -> str | None:
+    """The node that a job's process runs on."""
+    try:
+        return process.environ().get("SLURMD_NODENAME")
+    except psutil.Error:
+        return None
+
+
 class Cluster:
     """Context manager: entering starts the daemons and waits for all nodes; leaving cancels all jobs and ends every
     process that was started.
@@ -75,6 +85,7 @@ class Cluster:
     def __init__(self, root: Path, directory: Path) -> None:
         self._root, self._directory = root.absolute(), directory.absolute()
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ,
             "PATH": f"{self._root}/usr/bin:{self._root}/usr/sbin:{os.environ['PATH']}",
@@ -92,8 +103,7 @@ class Cluster:
             self._start_munge()
             self._start(f"{self._root}/usr/sbin/slurmctld-wlm", "-D", "-c")
             for i in range(1, NODES + 1):
-                stepd = f"{self._root}/usr/sbin/slurmstepd-wlm"
-                self._start(f"{self._root}/usr/sbin/slurmd-wlm", "-D", "-N", f"node{i}", "-d", stepd)
+                self._start_daemon(i)
             self._wait_idle()
             self._stack = started.pop_all()
         return self
@@ -111,6 +121,28 @@ class Cluster:
 
     def logs(self) -> str:
         return "\n".join(f"== {p.name}\n{p.read_text()[-2000:]}" for p in (self._directory / "log").glob("*.log"))
+
+    def kill_node(self, number: int) -> None:
+        """Everything that runs on the node ends at once, as when it loses its power."""
+        name = f"node{number}"
+        daemon = self._nodes.pop(number)
+        tasks = [p for p in psutil.process_iter() if _node_of(p) == name and p.pid != daemon.pid]
+        shepherds = [parent for task in tasks if (parent := task.parent()) and "slurmstepd" in parent.name()]
+        for process in (daemon, *shepherds, *tasks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        daemon.wait()
+        self._daemons.remove(daemon)
+
+    def start_node(self, number: int) -> None:
+        """One that was killed comes back; returns when all nodes are idle."""
+        self._start_daemon(number)
+        self._wait_idle()
+
+    def _start_daemon(self, number: int) -> None:
+        stepd = f"{self._root}/usr/sbin/slurmstepd-wlm"
+        self._start(f"{self._root}/usr/sbin/slurmd-wlm", "-D", "-N", f"node{number}", "-d", stepd)
+        self._nodes[number] = self._daemons[-1]
 
     def _start_munge(self) -> None:
         munge = self._directory / "munge"
@@ -211,6 +243,7 @@ class Cluster:
             "KillWait=5",
             "MinJobAge=3600",
             "InactiveLimit=0",
+            "SlurmdTimeout=30",  # a node that does not answer is down, and a job may leave it
             "AccountingStorageType=accounting_storage/none",
             f"PartitionName=all Nodes=node[1-{NODES}] Default=YES MaxTime=1-0 State=UP",
         ]

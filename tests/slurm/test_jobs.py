@@ -164,11 +164,28 @@ def test_a_killed_srun_and_a_chain(site: Site) -> None:
     _nothing_is_left(site)
 
 
+def test_a_node_dies(site: Site) -> None:
+    """One of two nodes that train is gone from one moment to the next: the run goes on on others."""
+    settings = ("parallel.tensor=1", "parallel.data=2", "training.steps=40")
+    (job,) = site.submit("bereft", settings)
+    site.wait(lambda: len(site.metrics("bereft")) > 2, "bereft", "the third step")
+    assert "NodeList=node[1-2]" in site.cluster.run("scontrol", "show", "job", job)
+    site.cluster.kill_node(2)
+    assert site.wait_for_end(job, "bereft") == "COMPLETED", site.log("bereft")
+    log = site.log("bereft")
+    assert [step["step"] for step in site.metrics("bereft")] == list(range(40)), log
+    of_second = log.split("restart 1, on ")[1].splitlines()
+    assert "2" not in of_second[0], log
+    assert "checkpoints/step_000002" in (site.directory / "bereft" / "log" / "rank_0.log").read_text()
+    _nothing_is_left(site)
+    site.cluster.start_node(2)
+
+
 def test_an_array(site: Site) -> None:
     """A run for each seed, in tasks of one job."""
     settings = ("parallel.tensor=1", "training.steps=2")
-    jobs = site.submit("swept", settings, ("--sweep", "seed=3,4"), nodes=1)
-    assert len(jobs) == 2 and jobs[0].endswith("_0") and jobs[1].endswith("_1")
+    jobs = site.submit("swept", settings, ("--sweep", "seed=3,4,5"), nodes=1)
+    assert [job[-2:] for job in jobs] == ["_0", "_1", "_2"]
     for index, job in enumerate(jobs):
         name = f"swept-{index}"
         assert site.wait_for_end(job, name) == "COMPLETED", site.log(name)

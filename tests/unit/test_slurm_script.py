@@ -29,6 +29,7 @@ case $what in %s esac
 _SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>"$CALLS"
 case "$*" in
+  *"show hostnames"*) echo "${@: -1}" ;;
   *"show node"*) echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1 OS=y" ;;
   *"show job"*) echo "JobId=7 JobState=${JOB_STATE:-RUNNING} Reason=None" ;;
 esac
@@ -135,6 +136,15 @@ def test_a_bad_node_is_excluded_in_every_component(run_script: Run) -> None:
     requeue = calls.index("scontrol requeue 7")
     assert calls[requeue + 1 :] == [f"scontrol update JobId={job} ExcNodeList=n1,n9" for job in (7, 8)]
     assert "train" not in queued.calls
+
+
+@pytest.mark.parametrize("what", ["train", "check"])
+def test_a_node_that_died(run_script: Run, what: str) -> None:
+    """It takes the run with it, which goes on without it. The other one answers."""
+    lost = 'true) [[ "$*" == *--het-group=0* ]] ;;'
+    queued = run_script(f"{what}) exit 1 ;; {lost}", rollout={"nodes": 1})
+    assert queued.code == 75 and "requeued, 1 of 2: without n1, which no longer answers; " in queued.log[-1]
+    assert "ExcNodeList=n1" in queued.calls.splitlines()[-1]
 
 
 def test_a_look_that_fails_without_a_bad_node(run_script: Run) -> None:
