@@ -19,6 +19,7 @@ COMMANDS = (
     "cancel",
     "settings",
     "bench",
+    "doctor",
 )
 """In the order of `drpo --help`."""
 
