@@ -409,6 +409,8 @@ class TrackingConfig(Section):
     """Project of the wandb run."""
     tensorboard: bool = True
     """Write TensorBoard events to the run's tb/."""
+    samples: int = Field(8, ge=0)
+    """Samples of a step that wandb and TensorBoard show, each of another prompt."""
     dump_rollouts: bool = True
     """Write every rollout of a step to rollouts/."""
     progress: bool = True

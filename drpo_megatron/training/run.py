@@ -210,6 +210,7 @@ class Run:
             self.tracker.log_fp8(self.step, tensors)
         self.last_metrics = metrics
         self.tracker.log(self.step, metrics)
+        self.tracker.log_samples(self.step, groups)
         self.tracker.dump_rollouts(self.step, groups)
         self.progress.update(self.step, metrics)
 
