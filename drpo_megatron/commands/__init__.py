@@ -20,6 +20,7 @@ COMMANDS = (
     "settings",
     "bench",
     "doctor",
+    "top",
 )
 """In the order of `drpo --help`."""
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.observability import Tracker, VerbTimer, progress_display
 from drpo_megatron.observability.curves import plot_runs, read_metrics
+from drpo_megatron.observability.profiler import StepProfiler
 from drpo_megatron.observability.progress import LiveProgress, sparkline
 from drpo_megatron.observability.tracker import wandb_is_online
 from drpo_megatron.platform import versions
@@ -284,6 +286,34 @@ def test_timer() -> None:
     assert heard == ["train", "what follows train"] * 2 + ["sync", "what follows sync"]
     timer.reset()
     assert timer.seconds() == {}
+
+
+def test_profile_of_a_step(tmp_path: Path) -> None:
+    profiler = StepProfiler([1], tmp_path / "profile", rank=3)
+    timer = VerbTimer(around=profiler)
+    a_NN = torch.randn(64, 64)
+    for step in range(3):
+        profiler.begin(step)
+        for _ in range(2):
+            with timer("train"):
+                _ = a_NN @ a_NN
+        with timer("sync"):
+            time.sleep(0.05)
+    stem = "step_000001_rank_3"
+    names = [f"{stem}.txt", f"{stem}_sync.json", f"{stem}_train.json", f"{stem}_train_2.json"]
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == names
+    for name, inside in ((names[1], False), (names[3], True)):
+        events = json.loads((tmp_path / "profile" / name).read_text())["traceEvents"]
+        assert ("aten::mm" in {event.get("name") for event in events}) == inside
+    lines = (tmp_path / "profile" / names[0]).read_text().splitlines()
+    verbs = [line.split() for line in lines[3:6]]
+    assert [row[0] for row in verbs] == ["sync", "train", "train"] or verbs[0][0] == "train"
+    (sync,) = (row for row in verbs if row[0] == "sync")
+    assert 0.05 <= float(sync[2]) <= float(sync[1]) < 5, "asleep is outside operations"
+    (products,) = (line.split() for line in lines if line.endswith("aten::mm"))
+    assert products[2] == "2" and 0 < float(products[1].rstrip("%")) <= 100
+    with pytest.raises(ValueError), timer("train"):  # what a verb raises is not covered
+        raise ValueError
 
 
 def test_curves(tmp_path: Path) -> None:
