@@ -1,9 +1,11 @@
 """The `drpo` command."""
+# PYTHON_ARGCOMPLETE_OK: completions of a shell that asks every Python command for them
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from drpo_megatron.commands import COMMANDS, EXIT_INTERRUPTED, EXIT_REFUSED
@@ -25,6 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Exits with 2 and a usage line when they are not a `drpo` command."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from drpo_megatron.completion import complete
+
+        complete(parser)
     parsed, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positionals at the first option: overrides behind one land here.
     if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):

@@ -103,7 +103,11 @@ def move_aside(path: Path) -> Path:
 
 def read_stop(config: RunConfig) -> str | None:
     """What a run that stopped with a checkpoint, because it was told to, says of it."""
-    record = config.run_directory / "log" / RECORD
+    return stop_in(config.run_directory / "log")
+
+
+def stop_in(log_directory: Path) -> str | None:
+    record = log_directory / RECORD
     return record.read_text().strip() if record.exists() else None
 
 
@@ -112,10 +116,13 @@ def read_failure(config: RunConfig) -> Failure | None:
 
     A rank that the watchdog ends breaks the connections of others, which may record that.
     """
-    directory = config.run_directory / "log"
-    for rank, message in stalls(directory):
+    return failure_in(config.run_directory / "log")
+
+
+def failure_in(log_directory: Path) -> Failure | None:
+    for rank, message in stalls(log_directory):
         return Failure(rank, message, EXIT_STALLED)
-    records = sorted(directory.glob("error_rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
+    records = sorted(log_directory.glob("error_rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
     if not records:
         return None
     return Failure(int(records[0].stem.rsplit("_", 1)[1]), records[0].read_text().strip(), code=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from drpo_megatron.doctor.host import space_problem
 from drpo_megatron.platform.versions import versions
 from launch.cluster import ClusterConfig
 
@@ -47,9 +47,8 @@ def node_problems(node: Node, cluster: ClusterConfig) -> Iterator[str]:
     gpus = cluster.gpus_per_node
     if gpus and (found := count_gpus()) < gpus:
         yield f"it has {found} GPUs of {gpus}"
-    free = shutil.disk_usage(node.run).free / 1e9
-    if free < cluster.min_free_disk_gb:
-        yield f"{free:.1f} GB are free at {node.run}, below min_free_disk_gb = {cluster.min_free_disk_gb:g}"
+    if problem := space_problem(node.run, cluster.min_free_disk_gb, "min_free_disk_gb"):
+        yield problem
     if not os.access(node.attempt, os.W_OK | os.X_OK):
         yield f"{node.attempt} cannot be written to"
     if cluster.check_command:

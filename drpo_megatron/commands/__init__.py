@@ -19,6 +19,8 @@ COMMANDS = (
     "cancel",
     "settings",
     "bench",
+    "doctor",
+    "top",
 )
 """In the order of `drpo --help`."""
 

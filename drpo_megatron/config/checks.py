@@ -36,6 +36,7 @@ def check_config(config: RunConfig) -> None:
         *save_problems(config),
         *fp8_problems(config),
         *_timeouts(config),
+        *_profile(config),
         *_model(config),
     ]
     if problems:
@@ -137,6 +138,12 @@ def _timeouts(config: RunConfig) -> Iterator[str]:
             f"training.timeout_s: is {training.timeout_s:g}, and a collective would end the job, without a report, "
             f"before training.verb_timeout_s = {training.verb_timeout_s:g}; raise the first or lower the second"
         )
+
+
+def _profile(config: RunConfig) -> Iterator[str]:
+    steps = config.training.steps
+    if beyond := [step for step in config.training.profile_steps if not 0 <= step < steps]:
+        yield f"training.profile_steps: {beyond} are not among the steps 0 to {steps - 1} of the run; correct them"
 
 
 def _model(config: RunConfig) -> Iterator[str]:

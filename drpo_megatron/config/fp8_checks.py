@@ -47,7 +47,7 @@ def fp8_problems(config: RunConfig) -> Iterator[str]:
                 "remove it, or set fp8.backend to transformer_engine on a GPU"
             )
         return
-    yield from _machine_problems(fp8)
+    yield from machine_problems(fp8)
     if fp8.parameters and not config.optimizer.distributed:
         yield (
             "fp8.parameters: is true with optimizer.distributed = false, and only the distributed optimizer of "
@@ -60,7 +60,7 @@ def fp8_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _machine_problems(fp8: Fp8Config) -> Iterator[str]:
+def machine_problems(fp8: Fp8Config) -> Iterator[str]:
     """What Transformer Engine needs. Its own checks say the same when the first layer runs."""
     emulate = "fp8.backend: emulate computes the same numbers on any device, slowly"
     capability = platform.compute_capability()

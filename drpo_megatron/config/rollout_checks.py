@@ -52,7 +52,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
     yield from _schedule(config)
     yield from _function(config)
     yield from _addresses(config)
-    yield from _ports(config)
+    yield from port_problems(config)
     yield from _placement(config)
 
 
@@ -127,7 +127,8 @@ def _addresses(config: RunConfig) -> Iterator[str]:
         yield f"sync.directory: has no effect with sync.transport = {sync.transport}; remove it"
 
 
-def _ports(config: RunConfig) -> Iterator[str]:
+def port_problems(config: RunConfig) -> Iterator[str]:
+    """Ports that the configuration names for servers of this host, and that cannot be bound now."""
     server = config.rollout.server
     if server.port is None or server.addresses:
         return

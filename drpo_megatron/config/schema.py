@@ -296,6 +296,8 @@ class TrainingConfig(Section):
     schedule, whose weights change at no fixed moment."""
     max_skipped_updates: int = Field(3, gt=0)
     """Stop with a report after this many updates in a row with a non-finite gradient norm."""
+    profile_steps: list[int] = Field(default_factory=list)
+    """Steps, counted from 0, of which every rank writes a trace of each verb and a summary to profile/ of the run."""
     verb_timeout_s: float | None = Field(3600.0, gt=0, le=86400)
     """Limit of each verb of the main loop (generate, train, sync, …) and of what stands between two. Behind it the run
     has stalled: every rank writes its stacks and rank 0 the state of the rollout servers, and `drpo train` ends with
@@ -409,6 +411,8 @@ class TrackingConfig(Section):
     """Project of the wandb run."""
     tensorboard: bool = True
     """Write TensorBoard events to the run's tb/."""
+    samples: int = Field(8, ge=0)
+    """Samples of a step that wandb and TensorBoard show, each of another prompt."""
     dump_rollouts: bool = True
     """Write every rollout of a step to rollouts/."""
     progress: bool = True

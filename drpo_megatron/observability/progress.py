@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -55,7 +55,7 @@ class LineProgress:
         self._steps, self._out = steps, out
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        parts = [f"step {step + 1}/{self._steps}", *(f"{label} {value}" for label, value in _summary(metrics))]
+        parts = [f"step {step + 1}/{self._steps}", *(f"{label} {value}" for label, value in summary(metrics))]
         print("  ".join(parts), file=self._out, flush=True)
 
 
@@ -75,20 +75,26 @@ class LiveProgress:
 
     def __rich__(self) -> RenderableType:
         elapsed = time.monotonic() - self._start
-        title = Text.assemble((self._name, "bold"), f"  step {self._done}/{self._steps}  {_duration(elapsed)}")
+        title = Text.assemble((self._name, "bold"), f"  step {self._done}/{self._steps}  {duration(elapsed)}")
         if not self._done:
             return Text.assemble(title, "  starting: server, model, first sync")
         remaining = (self._steps - self._done) * self._metrics.get("perf/step_s", math.nan)
         if math.isfinite(remaining):
-            title.append(f", about {_duration(remaining)} left")
-        numbers = Table.grid(padding=(0, 2))
-        for label, value in _summary(self._metrics):
-            numbers.add_row(label, Text(value, style="bold" if label == "reward" else ""))
-        return Group(title, Text(sparkline(self._rewards), style="green"), numbers)
+            title.append(f", about {duration(remaining)} left")
+        return step_view(title, self._rewards, summary(self._metrics))
 
 
-def sparkline(values: deque[float]) -> str:
+def step_view(title: Text, rewards: Iterable[float], values: Iterable[tuple[str, str]]) -> RenderableType:
+    """A heading, the trend of the rewards, and labelled values."""
+    numbers = Table.grid(padding=(0, 2))
+    for label, value in values:
+        numbers.add_row(label, Text(value, style="bold" if label == "reward" else ""))
+    return Group(title, Text(sparkline(rewards), style="green"), numbers)
+
+
+def sparkline(values: Iterable[float]) -> str:
     """One block character a value, from the lowest (▁) to the highest (█) of them; a space where it is not finite."""
+    values = list(values)
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return ""
@@ -98,7 +104,7 @@ def sparkline(values: deque[float]) -> str:
     )
 
 
-def _summary(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+def summary(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """(label, value) of what is worth a glance, for the metrics that exist."""
     for label, name, form in (
         ("reward", "reward/mean", "{:.3f}"),
@@ -120,7 +126,8 @@ def _summary(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         yield "reward errors", f"{metrics['reward/errors']:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As 2:05 or 1:02:05."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from drpo_megatron.config.load import dump_config
 from drpo_megatron.config.schema import RunConfig
+from drpo_megatron.platform.versions import code_version
 from drpo_megatron.records import RolloutGroup
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 # wandb waits for its servers this long at the start and at the end of a run.
 WANDB_TIMEOUT_S = 60.0
+
+TOTALS = {"total/tokens": "perf/tokens_per_s", "total/seconds": None}
+"""Sums over the steps of a run, x-axes besides the step: each is a rate of the step (None: 1) times its seconds."""
+
+SAMPLE_COLUMNS = ("prompt", "response", "reward", "advantage", "tokens", "finish_reason")
 
 
 class Tracker:
@@ -40,12 +47,19 @@ class Tracker:
         self._rollouts.mkdir(parents=True, exist_ok=True)
         # wandb first: it is the one that can fail.
         self._wandb = _start_wandb(config, resumes=first_step > 0) if config.tracking.wandb else None
-        self._tensorboard = _tensorboard_writer(directory / "tb", first_step) if config.tracking.tensorboard else None
+        self._tensorboard = _tensorboard_writer(config, first_step) if config.tracking.tensorboard else None
         _forget_from(directory, first_step)
+        self._totals = _last_totals(directory / "metrics.jsonl")
         self._metrics = (directory / "metrics.jsonl").open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step. `time` is Unix time in seconds; a value that is not finite is null in metrics.jsonl."""
+        """Write one step, with the totals up to it. `time` is Unix time in seconds; a value that is not finite is null
+        in metrics.jsonl.
+        """
+        step_s = metrics.get("perf/step_s", 0.0)
+        for total, rate in TOTALS.items():
+            self._totals[total] += step_s * (metrics.get(rate, 0.0) if rate else 1.0)
+        metrics = {**metrics, **self._totals}
         line: dict[str, float | None] = {"step": step, "time": time.time()}
         line |= {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
@@ -54,13 +68,27 @@ class Tracker:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log({"step": step, **metrics}, step=step)
 
     def log_fp8(self, step: int, tensors: Sequence[TensorHealth]) -> None:
         """Append to fp8.jsonl, one tensor a line."""
         with (self._config.run_directory / "fp8.jsonl").open("a") as file:
             for tensor in tensors:
                 file.write(json.dumps({"step": step} | dataclasses.asdict(tensor)) + "\n")
+
+    def log_samples(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Show the first sample of the first groups in wandb, as a table, and in TensorBoard, as text."""
+        rows = [_sample_row(group) for group in groups[: self._config.tracking.samples] if group.rollouts]
+        if not rows:
+            return
+        if self._wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+            self._wandb.log({"samples": table}, step=step)
+        if self._tensorboard is not None:
+            lines = [" | ".join(json.dumps(cell, ensure_ascii=False) for cell in row) for row in rows]
+            self._tensorboard.add_text("samples", "\n\n".join([" | ".join(SAMPLE_COLUMNS), *lines]), step)
 
     def dump_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write `rollouts/step_000012.jsonl`, one rollout a line, unless tracking.dump_rollouts is off."""
@@ -106,10 +134,32 @@ def _forget_from(directory: Path, first_step: int) -> None:
             dump.unlink()
 
 
-def _tensorboard_writer(directory: Path, first_step: int) -> Any:
+def _last_totals(metrics: Path) -> dict[str, float]:
+    """Those of the last step that is kept; 0 before the first."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return {total: last.get(total) or 0.0 for total in TOTALS}
+
+
+def _sample_row(group: RolloutGroup) -> list[str | float | int]:
+    first = group.rollouts[0]
+    return [
+        group.prompt.text,
+        first.text,
+        first.reward,
+        first.advantage,
+        len(first.response_ids),
+        first.finish_reason,
+    ]
+
+
+def _tensorboard_writer(config: RunConfig, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    return SummaryWriter(log_dir=str(directory), purge_step=first_step or None)
+    writer = SummaryWriter(log_dir=str(config.run_directory / "tb"), purge_step=first_step or None)
+    for name, text in (("config", dump_config(config)), ("code", json.dumps(code_version(), indent=1))):
+        writer.add_text(name, f"```\n{text}\n```", first_step)
+    return writer
 
 
 def wandb_is_online() -> bool:
@@ -151,13 +201,13 @@ def _start_wandb(config: RunConfig, resumes: bool) -> Any:
     run_id = record.read_text().strip() if resumes and record.exists() else uuid.uuid4().hex[:8]
     record.write_text(f"{run_id}\n")
     try:
-        return wandb.init(
+        run = wandb.init(
             id=run_id,
             resume="allow" if resumes and online else None,
             project=config.tracking.wandb_project,
             name=config.name,
             dir=str(config.run_directory),
-            config=config.model_dump(mode="json"),
+            config=config.model_dump(mode="json") | {"code": code_version()},
             mode="online" if online else "offline",
             settings=settings,
         )
@@ -165,3 +215,8 @@ def _start_wandb(config: RunConfig, resumes: bool) -> Any:
         raise RuntimeError(
             f"wandb cannot be started ({error}); set WANDB_MODE=offline or tracking.wandb=false"
         ) from error
+    # Behind "*", the curves' own axis, all that may be chosen as another.
+    for axis in ("step", *TOTALS):
+        run.define_metric(axis)
+    run.define_metric("*", step_metric="step")
+    return run

@@ -162,6 +162,11 @@ class ServerAdmin:
         """Import paths of the functions that the server was started with for `load_format`."""
         return self._call("GET", "/server_info", None, timeout_s).get("custom_weight_loader") or []
 
+    def load(self, timeout_s: float) -> tuple[int, int]:
+        """Requests that it runs, and that wait in it."""
+        loads = self._call("GET", "/v1/loads?include=core", None, timeout_s)["loads"]
+        return sum(of["num_running_reqs"] for of in loads), sum(of["num_waiting_reqs"] for of in loads)
+
     def check_scheduler(self, timeout_s: float) -> None:
         """Return when the server's scheduler answers, paused or not; raise as above when it does not."""
         self._call("GET", "/server_info", None, timeout_s)

@@ -28,6 +28,7 @@ from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import ExternalServer, Server, SGLangServer
 from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.rollout.state import server_state
+from drpo_megatron.rollout.status_file import NAME, StatusFile
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,18 @@ class Fleet:
     A thread of its own watches and restarts them. With more than one, a `Router` is the address of generation.
     """
 
-    def __init__(self, config: ServerConfig, members: Sequence[Member], router: Router | None, api_key: str | None):
+    def __init__(
+        self,
+        config: ServerConfig,
+        members: Sequence[Member],
+        router: Router | None,
+        api_key: str | None,
+        status: StatusFile | None = None,
+    ) -> None:
         self._config = config
         self._members = list(members)
         self._router = router
+        self._status = status
         self.api_key = api_key
         self._changed = threading.Condition(threading.RLock())
         self._quiet = 0
@@ -243,6 +252,8 @@ class Fleet:
                     for member in self._members:
                         self._look_at(member)
                     self._look_at_router()
+                    if self._status:
+                        self._status.write(self._members)
                     self._changed.notify_all()
                     self._changed.wait(_POLL_S)
         except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the fleet
@@ -377,7 +388,7 @@ def fleet_of(config: RunConfig) -> Fleet:
         ]
     router = Router(config.rollout.router, log_directory / "router.log", api_key) if len(servers) > 1 else None
     members = [Member(f"server-{index}", server) for index, server in enumerate(servers)]
-    return Fleet(settings, members, router, api_key)
+    return Fleet(settings, members, router, api_key, StatusFile(config.run_directory / NAME))
 
 
 def api_key_of(config: ServerConfig) -> str | None:

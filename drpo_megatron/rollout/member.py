@@ -44,6 +44,8 @@ class Member:
     reason: str = ""
     """Why it was last taken out."""
     log_tail: str = ""
+    load: tuple[int, int] | None = None
+    """Requests that it ran and that waited in it when it was last looked at; None where it does not say."""
 
     def row(self) -> str:
         """For people: a line of the table."""
@@ -52,16 +54,35 @@ class Member:
         last = f", last failure: {self.reason}" if self.reason else ""
         return f"{self.name} ({url}): {self.state}, weight version {version}, {self.restarts} restarts{last}"
 
+    def status(self) -> dict[str, object]:
+        """For programs: what `row` says, and the load of a server in traffic."""
+        running, waiting = self.load if self.load and self.state is State.SERVING else (None, None)
+        return {
+            "name": self.name,
+            "url": None if self.state in (State.RESTING, State.LOST) else self.server.url,
+            "state": str(self.state),
+            "version": self.version,
+            "restarts": self.restarts,
+            "running": running,
+            "waiting": waiting,
+            "reason": self.reason,
+        }
+
     def examine(self, limit_s: float, api_key: str | None) -> Fault | None:
         """What is wrong with it now, asked of the server: may take twice `limit_s`."""
         server, state, version = self.server, self.state, self.version
         if not server.healthy(limit_s):
             return Fault(f"does not generate within rollout.server.health_timeout_s = {limit_s:g} s")
         if state is State.SERVING:
+            admin = ServerAdmin(server.url, api_key)
             try:
-                held = ServerAdmin(server.url, api_key).model_info(limit_s)["weight_version"]
+                held = admin.model_info(limit_s)["weight_version"]
             except ServerError as error:
                 return Fault(str(error))
             if held != str(version):
                 return Fault(f"has weight version {held} where the last push was {version}", old_weights=True)
+            try:
+                self.load = admin.load(limit_s)
+            except ServerError:
+                self.load = None  # people alone read it: whether the server is well was asked above
         return None

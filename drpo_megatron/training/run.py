@@ -17,6 +17,7 @@ from drpo_megatron.fp8 import audit
 from drpo_megatron.fp8.health import HealthLog
 from drpo_megatron.fp8.selection import Selection
 from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
+from drpo_megatron.observability.profiler import StepProfiler
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0
 from drpo_megatron.records import Metrics, RolloutGroup
@@ -51,7 +52,8 @@ class Run:
         self.last_metrics: Metrics = {}
         self.health = HealthLog()
         self.watchdog = watchdog
-        self.timer = VerbTimer(watchdog.watch)
+        self.profiler = StepProfiler(config.training.profile_steps, config.run_directory / "profile", dist.get_rank())
+        self.timer = VerbTimer(watchdog.watch, self.profiler)
         self._audited = False
 
     def __enter__(self) -> Self:
@@ -88,6 +90,7 @@ class Run:
 
     def begin(self, step: int) -> None:
         self.step = self.watchdog.step = step
+        self.profiler.begin(step)
         self.save_metrics = {"save/stall_s": self.timer.seconds().get("save", 0.0)} if self._saves else {}
         self.timer.reset()
         every = self.config.fp8.health_every
@@ -210,6 +213,7 @@ class Run:
             self.tracker.log_fp8(self.step, tensors)
         self.last_metrics = metrics
         self.tracker.log(self.step, metrics)
+        self.tracker.log_samples(self.step, groups)
         self.tracker.dump_rollouts(self.step, groups)
         self.progress.update(self.step, metrics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def left_over(processes: list[psutil.Process]) -> list[psutil.Process]:
 def test_training_survives_a_dead_server(tmp_path: Path) -> None:
     """Every metric is there, the engines agree after each sync, a killed server is replaced, the model is exported."""
     with subprocess.Popen(
-        command(tmp_path, "training.steps=4", "parallel.sequence_parallel=true"),
+        command(tmp_path, "training.steps=4", "parallel.sequence_parallel=true", "training.profile_steps=[3]"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -113,6 +114,34 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
         assert any((before.get_tensor(n) != after.get_tensor(n)).any() for n in before.keys())  # noqa: SIM118
     assert list((tmp_path / "run" / "tb").iterdir())
     assert str(tmp_path / "run") in output.splitlines()[-1]
+    check_profile(tmp_path / "run" / "profile", step=3)
+    check_view(tmp_path / "run")
+
+
+def check_view(run: Path) -> None:
+    """`drpo top` of the run, when it is over."""
+    top = [sys.executable, "-m", "drpo_megatron.cli", "top", str(run), "--once"]
+    shown = subprocess.run(top, capture_output=True, text=True, check=True).stdout
+    assert "run  step 4/4  done" in shown and "memory of rank 0" in shown and "staleness mean, max" in shown
+    assert re.search(r"server-0 +serving +\d +\d+ +\d+ +1 +SGLang ended", shown), shown
+
+
+def check_profile(directory: Path, step: int) -> None:
+    """A trace of every verb on each rank, that holds the verb and, of training, its matrix products; and a summary."""
+    verbs = {"generate", "advantages", "pack", "train", "train_2", "sync", "save"}
+    for rank in (0, 1):
+        stem = f"step_{step:06d}_rank_{rank}"
+        assert {path.stem for path in directory.glob(f"{stem}_*.json")} == {f"{stem}_{verb}" for verb in verbs}
+        for verb in verbs:
+            events = json.loads((directory / f"{stem}_{verb}.json").read_text())["traceEvents"]
+            names = {event.get("name") for event in events}
+            assert verb.removesuffix("_2") in names
+            assert ("aten::mm" in names) == verb.startswith("train"), verb
+        summary = (directory / f"{stem}.txt").read_text()
+        first, operations = summary.split("operations on the CPU", 1)
+        assert f"step {step}, rank {rank}" in first and all(f"\n{verb} " in first for verb in verbs - {"train_2"})
+        assert "aten::mm\n" in operations and len(operations.strip().splitlines()) == 12
+    assert len(list(directory.iterdir())) == 2 * (len(verbs) + 1), "of one step alone"
 
 
 def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:

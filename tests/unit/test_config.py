@@ -208,6 +208,7 @@ def test_a_sound_configuration_passes(config_file: Path, model: Path) -> None:
         (["parallel.virtual_pipeline=2"], "it needs pipeline >= 2"),
         (["parallel.expert=2", "parallel.data=2"], "parallel: parallel.expert is 2 and qwen3 is dense: set it to 1"),
         (["training.timeout_s=3600"], "before training.verb_timeout_s = 3600; raise the first or lower the second"),
+        (["training.profile_steps=[0,3]"], "training.profile_steps: [3] are not among the steps 0 to 2 of the run"),
         (
             ["training.updates_per_batch=3"],
             "training.updates_per_batch: 3 does not divide rollout.prompts_per_step = 4",

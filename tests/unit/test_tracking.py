@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import math
 import socket
+import subprocess
 import time
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from rich.console import Console
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.observability import Tracker, VerbTimer, progress_display
 from drpo_megatron.observability.curves import plot_runs, read_metrics
+from drpo_megatron.observability.profiler import StepProfiler
 from drpo_megatron.observability.progress import LiveProgress, sparkline
 from drpo_megatron.observability.tracker import wandb_is_online
+from drpo_megatron.platform import versions
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
 from tests.unit.test_config import MINIMAL
 
@@ -48,7 +55,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         tracker.log(1, METRICS)
     row = json.loads(lines[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert row.pop("step") == 0 and abs(row.pop("time") - time.time()) < 60 and row.pop("bad") is None
-    assert row == METRICS
+    assert row == METRICS | {"total/tokens": 200.0, "total/seconds": 2.0}
     rollouts = [json.loads(line) for line in (tmp_path / "test/rollouts/step_000012.jsonl").read_text().splitlines()]
     assert [r["text"] for r in rollouts] == ["t0", "t1"] and rollouts[0]["prompt"]["answer"] == "8"
 
@@ -59,7 +66,52 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.25), (1, 0.25)]
     with Tracker(config, first_step=2) as tracker:  # a resumed run goes on in the same file
         tracker.log(2, METRICS)
-    assert [r["step"] for r in read_metrics(tmp_path / "test")] == [0, 1, 2]
+    rows = read_metrics(tmp_path / "test")
+    assert [(r["step"], r["total/tokens"], r["total/seconds"]) for r in rows] == [(0, 200, 2), (1, 400, 4), (2, 600, 6)]
+
+
+def test_tensorboard_shows_samples_configuration_and_code(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(run_config(tmp_path, samples=2)) as tracker:
+        tracker.log_samples(3, three_groups())
+    events = EventAccumulator(str(tmp_path / "test" / "tb"))
+    events.Reload()
+
+    def text(name: str) -> tuple[int, str]:
+        (event,) = events.Tensors(f"{name}/text_summary")
+        return event.step, event.tensor_proto.string_val[0].decode()
+
+    step, samples = text("samples")
+    assert step == 3 and '"question 0" | "answer 0" | 0.0' in samples
+    assert "question 1" in samples and "question 2" not in samples, "as many as tracking.samples"
+    assert yaml.safe_load(text("config")[1].strip("`"))["tracking"]["samples"] == 2
+    assert json.loads(text("code")[1].strip("`"))["torch"] == importlib.metadata.version("torch")
+
+
+def three_groups() -> list[RolloutGroup]:
+    prompts = [Prompt(f"p:{i}", [1, 2], f"question {i}") for i in range(3)]
+    return [
+        RolloutGroup(p, [Rollout(p, [3], [-0.5], [4], "stop", text=f"answer {i}", reward=float(i))] * 2)
+        for i, p in enumerate(prompts)
+    ]
+
+
+def test_the_code_of_a_checkout_has_a_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert versions._commit(tmp_path) is None
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "one")
+    assert versions._commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "a").write_text("2")
+    assert versions._commit(tmp_path) == git("rev-parse", "HEAD") + "+"
+    (tmp_path / "b").mkdir()
+    assert versions._commit(tmp_path / "b") is None, "somebody else's checkout around it"
 
 
 def test_a_resumed_run_forgets_what_it_does_again(tmp_path: Path) -> None:
@@ -120,11 +172,77 @@ def test_wandb_offline_writes_into_the_run(no_wandb_key: Path, tmp_path: Path, m
         pytest.fail(f"a name was looked up: {args}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with Tracker(run_config(tmp_path, wandb=True, tensorboard=False)) as tracker:
+    config = run_config(tmp_path, wandb=True, tensorboard=False)
+    with Tracker(config) as tracker:
         for step in range(2):
             tracker.log(step, METRICS)
-    runs = list((tmp_path / "test" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 1 and b"reward/mean" in runs[0].read_bytes()
+            tracker.log_samples(step, three_groups())
+    time.sleep(1.1)  # the names of offline runs have seconds
+    with Tracker(config, first_step=2) as tracker:
+        tracker.log(2, METRICS)
+    first, second = (
+        wandb_records(path) for path in sorted((tmp_path / "test" / "wandb").glob("offline-run-*/*.wandb"))
+    )
+    settings = {item.key: json.loads(item.value_json) for item in first["run"][0].config.update}
+    assert settings["tracking"]["samples"] == 8 and settings["optimizer"]["lr"] == MINIMAL["optimizer"]["lr"]
+    assert settings["code"]["torch"] == importlib.metadata.version("torch")
+    # The same run of wandb goes on: `wandb sync` puts the files of one id together, in the order of their starts.
+    assert first["run"][0].run_id == second["run"][0].run_id == (tmp_path / "test/wandb_run_id").read_text().strip()
+    assert [history["step"] for history in wandb_history(first)] == [0, 1]
+    assert [history["step"] for history in wandb_history(second)] == [2]
+    for step, history in enumerate(wandb_history(first) + wandb_history(second)):
+        assert history["_step"] == step and history["reward/mean"] == 0.25
+        assert history["total/tokens"] == 200 * (step + 1) and history["total/seconds"] == 2 * (step + 1)
+    axes = {metric.name or metric.glob_name: metric.step_metric for metric in first["metric"]}
+    assert axes == {"step": "", "total/tokens": "", "total/seconds": "", "*": "step"}
+    table = wandb_history(first)[1]["samples.path"]
+    (path,) = (tmp_path / "test" / "wandb").glob(f"offline-run-*/files/{table}")
+    rows = json.loads(path.read_text())
+    assert rows["columns"][:3] == ["prompt", "response", "reward"]
+    assert [row[:3] for row in rows["data"]] == [[f"question {i}", f"answer {i}", i] for i in range(3)]
+
+
+def wandb_history(records: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+        for history in records["history"]
+    ]
+
+
+def wandb_records(path: Path) -> dict[str, list[Any]]:
+    """An offline file's records by kind. The file is LevelDB's log behind a header of 7 bytes; wandb's own process
+    may still write it when the run is closed.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + 60
+    while True:
+        found: dict[str, list[Any]] = defaultdict(list)
+        for data in log_entries(path.read_bytes()):
+            record = Record.FromString(data)
+            kind = record.WhichOneof("record_type")
+            found[kind].append(getattr(record, kind))
+        if "exit" in found:
+            return found
+        assert time.monotonic() < deadline, sorted(found)
+        time.sleep(0.1)
+
+
+def log_entries(log: bytes) -> Iterator[bytes]:
+    """Blocks of 32 KiB hold pieces: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    at, entry = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:  # no piece begins in so short a rest
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        if at + 7 + length > len(log):
+            return  # it is being written
+        entry += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield entry
+            entry = b""
 
 
 def test_plain_progress(tmp_path: Path) -> None:
@@ -168,6 +286,34 @@ def test_timer() -> None:
     assert heard == ["train", "what follows train"] * 2 + ["sync", "what follows sync"]
     timer.reset()
     assert timer.seconds() == {}
+
+
+def test_profile_of_a_step(tmp_path: Path) -> None:
+    profiler = StepProfiler([1], tmp_path / "profile", rank=3)
+    timer = VerbTimer(around=profiler)
+    a_NN = torch.randn(64, 64)
+    for step in range(3):
+        profiler.begin(step)
+        for _ in range(2):
+            with timer("train"):
+                _ = a_NN @ a_NN
+        with timer("sync"):
+            time.sleep(0.05)
+    stem = "step_000001_rank_3"
+    names = [f"{stem}.txt", f"{stem}_sync.json", f"{stem}_train.json", f"{stem}_train_2.json"]
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == names
+    for name, inside in ((names[1], False), (names[3], True)):
+        events = json.loads((tmp_path / "profile" / name).read_text())["traceEvents"]
+        assert ("aten::mm" in {event.get("name") for event in events}) == inside
+    lines = (tmp_path / "profile" / names[0]).read_text().splitlines()
+    verbs = [line.split() for line in lines[3:6]]
+    assert [row[0] for row in verbs] == ["sync", "train", "train"] or verbs[0][0] == "train"
+    (sync,) = (row for row in verbs if row[0] == "sync")
+    assert 0.05 <= float(sync[2]) <= float(sync[1]) < 5, "asleep is outside operations"
+    (products,) = (line.split() for line in lines if line.endswith("aten::mm"))
+    assert products[2] == "2" and 0 < float(products[1].rstrip("%")) <= 100
+    with pytest.raises(ValueError), timer("train"):  # what a verb raises is not covered
+        raise ValueError
 
 
 def test_curves(tmp_path: Path) -> None:
