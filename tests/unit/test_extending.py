@@ -63,7 +63,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_every_block_of_code_is_run() -> None:
     names = {block.splitlines()[0] for block in blocks("python")}
-    assert names == {f"# {module}.py" for module in MODULES} | {"# drpo_megatron/sync/http_body.py"}
+    assert names == {f"# {module}.py" for module in MODULES} | {"# drpo_megatron/sync/one_by_one.py"}
     assert (len(blocks("yaml")), len(blocks("diff"))) == (4, 2)
 
 
@@ -247,7 +247,6 @@ class StandIn:
         self.calls: list[str] = []
         self.globals: set[tuple[str, str]] = set()
         self.weights: dict[str, torch.Tensor] = {}
-        self.largest = 0
         self.damage = False
         stand_in = self
 
@@ -276,9 +275,8 @@ class StandIn:
         self.calls.append(path)
         if path == "/update_weights_from_tensor":
             (payload,) = body["serialized_named_tensors"]
-            raw = base64.b64decode(payload)
-            self.largest = max(self.largest, len(raw))
-            self.weights |= dict(self._unpickler(io.BytesIO(raw)).load())
+            ((name, tensor),) = self._unpickler(io.BytesIO(base64.b64decode(payload))).load()
+            self.weights[name] = tensor.clone()
             self.calls.append(f"flush_cache={body['flush_cache']}, load_format={body['load_format']}")
         if path == "/weights_checker":
             if self.damage:
@@ -324,23 +322,26 @@ def module_of(name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> types.
     return module
 
 
-def test_the_transport_pushes_by_its_two_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transport_pushes_by_its_two_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     of_schema, of_push = blocks("diff")
     with pytest.raises(ValueError, match="transport"):
-        SyncConfig.model_validate({"transport": "http_body"})
+        SyncConfig.model_validate({"transport": "one_by_one"})
     schema = module_of("schema_edited", edited(of_schema), monkeypatch)
-    transport = module_of("drpo_megatron.sync.http_body", file_of("drpo_megatron/sync/http_body.py"), monkeypatch)
+    transport = module_of("drpo_megatron.sync.one_by_one", file_of("drpo_megatron/sync/one_by_one.py"), monkeypatch)
     push = module_of("push_edited", edited(of_push), monkeypatch)
-    push.HttpBodyTransport = transport.HttpBodyTransport  # type: ignore[attr-defined]
+    push.OneByOneTransport = transport.OneByOneTransport  # type: ignore[attr-defined]
 
     whole = torch.randn(100_000)
     named = [
-        ("model.norm.weight", whole[:50]),  # a view: its memory is not sent along
+        ("model.norm.weight", whole[:50]),  # a view, as a parameter is of Megatron's buffers
         ("model.layers.0.input_layernorm.weight", torch.randn(7, 3).t()),
         ("model.layers.1.input_layernorm.weight", torch.randn(40)),
         ("model.layers.1.mlp.down_proj.weight", torch.randn(8, 5)),
     ]
-    config = schema.SyncConfig.model_validate({"transport": "http_body", "bucket_mb": 250 / 2**20, "timeout_s": 20})
+    config = schema.SyncConfig.model_validate({"transport": "one_by_one", "bucket_mb": 250 / 2**20, "timeout_s": 20})
     server = StandIn()
     try:
         weights = push.WeightSync(config, ServerLayout(1, torch.float32, 1), tmp_path, tmp_path)
@@ -348,13 +349,17 @@ def test_the_transport_pushes_by_its_two_edits(tmp_path: Path, monkeypatch: pyte
         report = weights.push(iter(named), version=3)
         assert {n: t.tolist() for n, t in server.weights.items()} == {n: t.tolist() for n, t in named}
         assert (report.verified, report.buckets, report.bytes) == (4, 3, sum(t.nbytes for _, t in named))
-        assert server.largest < 2000
+        assert [r.message for r in caplog.records if "layernorm" in r.message] == [
+            "model.layers.0.input_layernorm.weight [3, 7] torch.float32",
+            "model.layers.1.input_layernorm.weight [40] torch.float32",
+        ]
+        assert not whole.is_shared(), "the trainer's own memory stays where it is"
         sent = "/update_weights_from_tensor"
         first, later = "flush_cache=True, load_format=None", "flush_cache=False, load_format=None"
         assert server.calls == [
             "/pause_generation",
             "/begin_weight_update",
-            *(sent, first, sent, later, sent, later),
+            *(sent, first, sent, later, sent, later, sent, later),
             "/end_weight_update",
             "/weights_checker",
             "/update_weight_version",
@@ -367,7 +372,7 @@ def test_the_transport_pushes_by_its_two_edits(tmp_path: Path, monkeypatch: pyte
             weights.push(iter(named), version=4)
     finally:
         server.close()
-    # SGLang reads a pickle with these names only; `_load_from_bytes` it replaces by a reader of its own.
+    # SGLang refuses a pickle with other names than those in its list.
     package = importlib.util.find_spec("sglang")
     assert package is not None and package.origin is not None
     reader = (Path(package.origin).parent / "srt" / "utils" / "common.py").read_text()
