@@ -15,6 +15,8 @@ from drpo_megatron.config import ConfigError
 def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, and those of `drpo_megatron.commands`."""
     parsed = parse_arguments(arguments)
+    if "" not in sys.path:  # as for the ranks, by `python -m`: `module:function` may lie in the working directory
+        sys.path.insert(0, "")
     try:
         sys.exit(parsed.run_command(parsed))
     except ConfigError as error:

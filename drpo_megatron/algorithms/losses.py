@@ -10,7 +10,8 @@ Sources: DRPO arXiv 2606.09821, DPPO 2602.04879, SPO 2401.16025, GRPO 2402.03300
 GSPO 2507.18071, CISPO 2506.13585.
 
 To add a loss, write one function here under `@loss`: its name is the name in the configuration, its keyword-only
-parameters (positive numbers) are the settings, and metrics and gradients need nothing else.
+parameters (positive numbers) are the settings, and metrics and gradients need nothing else. A function elsewhere is
+named as `module:function` (docs/extending.md); it is a token-level loss.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from drpo_megatron.config.functions import import_function
 
 MAX_LOG_RATIO = 20.0
 """Nats. exp(20) ≈ 5e8 stays finite when squared in float32; beyond it the ratio, and so its gradient, is constant."""
@@ -242,9 +245,7 @@ def evaluate(loss_function: LossFunction, x: LossInputs) -> LossOutputs:
 
 def loss_parameters(name: str) -> dict[str, float | None]:
     """The parameters of a loss and their defaults; None marks a required one. ValueError if there is no such loss."""
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}{_nearest(name, LOSSES)}")
-    parameters = list(inspect.signature(LOSSES[name]).parameters.values())[1:]
+    parameters = list(inspect.signature(_function(name)).parameters.values())[1:]
     return {p.name: None if p.default is inspect.Parameter.empty else float(p.default) for p in parameters}
 
 
@@ -263,7 +264,16 @@ def make_loss(name: str, args: Mapping[str, Any]) -> LossFunction:
     missing = [key for key, default in parameters.items() if default is None and key not in args]
     if missing:
         raise ValueError(f"loss {name!r} needs {', '.join(missing)}: set it in algorithm.loss_args")
-    return functools.partial(LOSSES[name], **{key: float(value) for key, value in args.items()})
+    return functools.partial(_function(name), **{key: float(value) for key, value in args.items()})
+
+
+def _function(name: str) -> Callable[..., Tensor]:
+    """A loss of this file, or what `module:function` names."""
+    if ":" in name:
+        return import_function(name)
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}{_nearest(name, LOSSES)}")
+    return LOSSES[name]
 
 
 def _nearest(name: str, valid: Mapping[str, Any]) -> str:

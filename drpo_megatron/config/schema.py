@@ -206,7 +206,7 @@ class ProjectionConfig(Section):
 
 class AlgorithmConfig(Section):
     loss: str = "drpo"
-    """A loss of algorithms/losses.py."""
+    """A loss of algorithms/losses.py, or `module:function` for one of your own (docs/extending.md)."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Its parameters, for example {delta: 12.5}. drpo's delta has no default: state it."""
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = "seq_mean_token_sum_norm"
