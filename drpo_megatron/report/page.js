@@ -23,7 +23,7 @@ function swatch(stroke, dashes = "") {
 
 function number(value) {
   if (value === null || value === undefined) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(2);
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(+value.toPrecision(4));
 }
 
@@ -49,11 +49,14 @@ function ticks(low, high, count) {
 // Steps are whole numbers.
 const stepTicks = (low, high) => ticks(low, high, 5).filter(Number.isInteger);
 
+// Of a logarithmic axis: powers of ten, or 1, 2 and 5 times those where they are few.
 function decades(low, high) {
   const [from, to] = [Math.ceil(low - 1e-9), Math.floor(high + 1e-9)];
   const every = Math.max(1, Math.ceil((to - from + 1) / 5)), found = [];
   for (let k = from; k <= to; k += every) found.push(k);
-  return found.length > 1 ? found : [low, high];
+  if (found.length > 2) return found;
+  for (let k = from - 1; k <= to; k++) found.push(k + Math.log10(2), k + Math.log10(5));
+  return found.filter(v => v >= low && v <= high);
 }
 
 function axes(x, y, xTicks, yTicks, yText) {
@@ -188,7 +191,7 @@ function lineChart(parent, spec) {
     for (const series of shown) {
       if (series.band.length) {
         const band = make("path", { class: "band", d: bandPath(series, x, y, spec.log) });
-        band.style.fill = colour(series.index);
+        band.style.fill = band.style.stroke = colour(series.index);
         chart.picture.append(band);
       }
     }
@@ -200,19 +203,22 @@ function lineChart(parent, spec) {
     }
     finish(shown.map(s => `${s.run.name}: last ${number(s.line.values[s.line.values.length - 1])}`).join(", "));
     if (chart.step !== null) chart.read(chart.step);
+    else tell("last", s => [s.line, ...s.band].map(curve => curve.values[curve.values.length - 1]));
   };
-  const valueAt = (curve, step) => {
-    const at = curve.steps.indexOf(step);
-    return at < 0 ? null : curve.values[at];
-  };
+  const at = (series, step) => [series.line, ...series.band].map(curve => curve.values[curve.steps.indexOf(step)] ?? null);
   chart.read = step => {
     if (!shown.length) return;
     cursor(chart, step);
-    const parts = shown.map(s => {
-      const band = s.band.length ? ` (${number(valueAt(s.band[0], step))} … ${number(valueAt(s.band[1], step))})` : "";
-      return make("span", {}, swatch(colour(s.index), dash(s.index)), number(valueAt(s.line, step)) + band);
+    tell(`step ${step}`, s => at(s, step));
+  };
+  // The values of all runs; one that has none is left out.
+  const tell = (text, valuesOf) => {
+    const parts = shown.filter(s => valuesOf(s)[0] !== null).map(s => {
+      const [value, ...ends] = valuesOf(s).map(number);
+      const band = ends.length ? ` (${ends.join(" … ")})` : "";
+      return make("span", {}, swatch(colour(s.index), dash(s.index)), value + band);
     });
-    chart.readout.replaceChildren(make("span", {}, `step ${step}`), ...parts);
+    chart.readout.replaceChildren(make("span", {}, text), ...parts);
   };
   const steps = () => [...new Set(shown.flatMap(s => s.line.steps))].sort((a, b) => a - b);
   readable(chart, steps, chart.read, step => readers.forEach(reader => reader.read(step)));
@@ -297,6 +303,7 @@ function drawTimes() {
       path.style.fill = colour(verbs.indexOf(verb));
       chart.picture.append(path);
     });
+    chart.readout.replaceChildren(...["mean of the bars", ...mean].map(t => make("span", {}, t)));
     readable(chart, () => bars.map(bar => bar[0]), step => {
       const bar = bars[bars.findIndex(b => b[0] === step)];
       cursor(chart, (bar[0] + bar[1]) / 2);

@@ -87,14 +87,15 @@ function showScale(key, neutral) {
   const both = key !== "logmu";
   bar.style.background = `linear-gradient(to right, rgba(var(--low), .6), transparent${both ? " 50%, rgba(var(--high), .6)" : ""})`;
   const ends = both ? [number(neutral - scale), bar, number(neutral + scale)] : [number(-scale), bar, "0"];
-  byId("scale").replaceChildren(...ends, "99 % of the tokens here are within these ends");
+  const parts = [...ends, "99 % of the tokens of this page are within"].map(part => (typeof part === "string" ? make("span", {}, part) : part));
+  byId("scale").replaceChildren(...parts);
 }
 
 function noteOn(run) {
   const s = run.samples;
   if (!s.items.length) return `${run.name}: no rollouts were dumped.`;
   const tokens = s.without_tokenizer ? " Tokens by number: no tokenizer.json was found." : "";
-  return `${run.name}: ${s.items.length} of the ${s.of_steps} samples in ${s.steps} of its ${s.total_steps} steps, lowest and highest rewards among them.${tokens}`;
+  return `${run.name}: ${s.items.length} of the ${s.of_steps} samples in ${s.steps} of its ${s.total_steps} steps, the lowest and the highest reward of a step among them.${tokens}`;
 }
 
 function startSamples() {

@@ -105,8 +105,8 @@ def token_staleness(run: RunFiles, step: int, rollouts: Sequence[dict[str, Any]]
 
 
 def _item(step: int, index: int, rollout: dict[str, Any], pieces: Pieces | None) -> dict[str, Any]:
-    """One sample as the page reads it. Lists are of the first `MAX_TOKENS` tokens. Of the trainer there are `logp` and
-    `weight` where the dump has them.
+    """One sample as the page reads it. Lists are of the first `MAX_TOKENS` tokens. Of the trainer there are `weight`
+    and `ratio`, log π − log μ, where the dump has them.
     """
     ids = rollout["response_ids"]
     shown = ids[:MAX_TOKENS]
@@ -124,14 +124,11 @@ def _item(step: int, index: int, rollout: dict[str, Any], pieces: Pieces | None)
         "tokens": pieces(shown) if pieces else [f"{i} " for i in shown],
         "mask": rollout["response_mask"][:MAX_TOKENS],
     }
-    for name in ("logmu", "logp", "weight"):
-        if rollout.get(name):
-            item[name] = [_short(value) for value in rollout[name][:MAX_TOKENS]]
+    item["logmu"] = [_short(value) for value in rollout["logmu"][:MAX_TOKENS]]
     if rollout.get("logp"):
-        # From whole numbers: what is left of the mismatch is in the last digits of both.
-        item["ratio"] = [
-            _short(p - mu) for p, mu in zip(rollout["logp"][:MAX_TOKENS], rollout["logmu"][:MAX_TOKENS], strict=True)
-        ]
+        logs = zip(rollout["logp"][:MAX_TOKENS], rollout["logmu"][:MAX_TOKENS], strict=True)
+        item["ratio"] = [_short(logp - logmu) for logp, logmu in logs]
+        item["weight"] = [_short(value) for value in rollout["loss_weight"][:MAX_TOKENS]]
     return item
 
 
