@@ -216,9 +216,10 @@ function lineChart(parent, spec) {
     const parts = shown.filter(s => valuesOf(s)[0] !== null).map(s => {
       const [value, ...ends] = valuesOf(s).map(number);
       const band = ends.length ? ` (${ends.join(" … ")})` : "";
-      return make("span", {}, swatch(colour(s.index), dash(s.index)), value + band);
+      const name = make("span", { class: "unseen" }, `${s.run.name} `); // colours say nothing to a screen reader
+      return make("span", {}, swatch(colour(s.index), dash(s.index)), name, value + band, " ");
     });
-    chart.readout.replaceChildren(make("span", {}, text), ...parts);
+    chart.readout.replaceChildren(make("span", {}, `${text} `), ...parts);
   };
   const steps = () => [...new Set(shown.flatMap(s => s.line.steps))].sort((a, b) => a - b);
   readable(chart, steps, chart.read, step => readers.forEach(reader => reader.read(step)));
@@ -303,13 +304,13 @@ function drawTimes() {
       path.style.fill = colour(verbs.indexOf(verb));
       chart.picture.append(path);
     });
-    chart.readout.replaceChildren(...["mean of the bars", ...mean].map(t => make("span", {}, t)));
+    chart.readout.replaceChildren(...["mean of the bars", ...mean].map(t => make("span", {}, `${t} `)));
     readable(chart, () => bars.map(bar => bar[0]), step => {
       const bar = bars[bars.findIndex(b => b[0] === step)];
       cursor(chart, (bar[0] + bar[1]) / 2);
       chart.step = step;
       const text = bar[0] === bar[1] ? `step ${bar[0]}` : `steps ${bar[0]}–${bar[1]}`;
-      chart.readout.replaceChildren(...[text, ...run.times.verbs.map((v, k) => `${v} ${number(bar[2][k])}`)].map(t => make("span", {}, t)));
+      chart.readout.replaceChildren(...[text, ...run.times.verbs.map((v, k) => `${v} ${number(bar[2][k])}`)].map(t => make("span", {}, `${t} `)));
     });
     redraws.push(() => { figure.hidden = hidden.has(index); });
   });
