@@ -33,7 +33,8 @@ def run(parsed: argparse.Namespace) -> int:
     from drpo_megatron.report.run_files import read_runs
 
     try:
-        comparison = compare_runs(*read_runs([parsed.run_a, parsed.run_b]), parsed.tolerance)
+        a, b = read_runs([parsed.run_a, parsed.run_b])
+        comparison = compare_runs(a, b, parsed.tolerance)
     except (ValueError, OSError) as error:
         print(f"drpo: {error}", file=sys.stderr)
         return EXIT_REFUSED

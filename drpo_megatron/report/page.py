@@ -69,7 +69,7 @@ def _run(run: RunFiles, samples: Samples) -> dict[str, Any]:
 def curves(metrics: Sequence[dict[str, float]]) -> dict[str, list[list[float | int | None]]]:
     """Metric → [steps, values], rounded to 6 digits. A value that is not finite is None."""
     names = dict.fromkeys(name for row in metrics for name in row if name not in ("step", "time"))
-    found = {}
+    found: dict[str, list[list[float | int | None]]] = {}
     for name in names:
         points = thinned([(int(row["step"]), row[name]) for row in metrics if name in row])
         found[name] = [[step for step, _ in points], [_rounded(value) for _, value in points]]

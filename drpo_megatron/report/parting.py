@@ -105,16 +105,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     """A value that was not finite is null, as in metrics.jsonl; a metric that a run does not have is left out."""
     record = asdict(comparison) | {"equal": comparison.equal}
     record["differences"] = [
-        {"metric": d.metric}
-        | {key: _finite(value) for key, value in (("a", d.a), ("b", d.b)) if value is not None}
-        | ({"distance": abs(d.a - d.b)} if _are_numbers(d) else {})
+        {"metric": d.metric} | {key: _finite(value) for key, value in (("a", d.a), ("b", d.b)) if value is not None}
         for d in comparison.differences
     ]
     return record
-
-
-def _are_numbers(d: Difference) -> bool:
-    return d.a is not None and d.b is not None and math.isfinite(d.a) and math.isfinite(d.b)
 
 
 def _finite(value: float) -> float | None:

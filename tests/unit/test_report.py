@@ -54,7 +54,7 @@ def test_the_first_step_and_metric(tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 3 and found["equal"] is False and found["common"] == 6
     assert [d["metric"] for d in found["differences"]] == ["reward/mean", "loss/mean", "grad_norm", "new/metric"]
-    assert found["differences"][2] == {"metric": "grad_norm", "a": 0.5, "b": 0.75, "distance": 0.25}
+    assert found["differences"][2] == {"metric": "grad_norm", "a": 0.5, "b": 0.75}
     assert found["differences"][3] == {"metric": "new/metric", "b": 1.0}
     assert found["config"] == {"name": ['"a"', '"b"'], "model.path": found["config"]["model.path"]}
     # The tolerance is absolute below 1 and relative above.
