@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
     packages=find_packages(include=["drpo_megatron", "drpo_megatron.*", "launch", "launch.*"]),
-    package_data={"launch": ["job.sbatch"]},
+    package_data={"launch": ["job.sbatch"], "drpo_megatron.report": ["page.html", "*.css", "*.js"]},
     install_requires=requirements("base.txt"),
     extras_require={
         # SGLang with its kernels, and FP8. NVIDIA apex is used by Megatron-Core where it is importable; it has no

@@ -39,6 +39,8 @@ class Rollout:
     length. response_mask: 1 for tokens the policy sampled, 0 for tokens put in by a tool. finish_reason: `stop`,
     `length`, `abort`. routed_experts: of a mixture of experts, int16 [prompt + response − 1, L, K]: the K experts, in
     any order, that each position took in each of the model's L mixture-of-experts layers (the last token was no input).
+    logp and loss_weight: of each token when it was trained, the trainer's log-probability and w of `LossOutputs`, 0
+    where it was not sampled; empty before.
     """
 
     prompt: Prompt
@@ -51,6 +53,8 @@ class Rollout:
     reward: float = 0.0
     reward_error: str | None = None
     advantage: float = 0.0
+    logp: list[float] = field(default_factory=list)
+    loss_weight: list[float] = field(default_factory=list)
     routed_experts: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,10 +100,11 @@ class TrainBatch:
     predicts. logmu_T, advantages_T (float32) belong to labels_T. mask_T (bool) is true where labels_T was sampled by
     the policy. weights_T (float32) carries the aggregation with its global denominator, so that `loss = Σ_t
     weights_T·L_T` over all micro-batches and data-parallel ranks. sequence_ids_T (int64) numbers the sequences of this
-    micro-batch from 0. On a context-parallel rank the `_T` are its part (`training.context.split_context`) and the
-    bounds those of the whole pack. prefixes: None, or the pack is one with shared prefixes: a sequence is then a
-    segment, which may continue another one, and its position ids count on from there. num_tokens is T of the whole pack
-    without padding, num_update_tokens its sum over the micro-batches of the update on all data-parallel ranks.
+    micro-batch from 0, rows_T (int64) is `TrainSequence.row`. On a context-parallel rank the `_T` are its part
+    (`training.context.split_context`) and the bounds those of the whole pack. prefixes: None, or the pack is one with
+    shared prefixes: a sequence is then a segment, which may continue another one, and its position ids count on from
+    there. num_tokens is T of the whole pack without padding, num_update_tokens its sum over the micro-batches of the
+    update on all data-parallel ranks.
     routed_experts_TLK (int16) is `Rollout.routed_experts`, −1 at padding.
     """
 
@@ -111,6 +116,7 @@ class TrainBatch:
     mask_T: torch.Tensor
     weights_T: torch.Tensor
     sequence_ids_T: torch.Tensor
+    rows_T: torch.Tensor
     staleness_T: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from drpo_megatron.observability.watchdog import EXIT_STALLED, stalls
 from drpo_megatron.platform import determinism
 from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.platform.process import HUGE_PAGES, children, die_with_parent, stop_group
+from drpo_megatron.platform.versions import versions
 from drpo_megatron.training.stop import RECORD
 
 SHUTDOWN_S = 45.0
@@ -79,19 +81,21 @@ class Failure:
 
 
 def prepare_run_directory(config: RunConfig, keep: bool = False) -> Path | None:
-    """Make `runs/NAME` with the resolved configuration. An earlier run of that name is moved aside; returns where
-    to. With save.resume, or to `keep` it, only its configuration and logs are, inside the directory.
+    """Make `runs/NAME` with the resolved configuration and the packages' versions. An earlier run of that name is moved
+    aside; returns where to. With save.resume, or to `keep` it, only its configuration, versions and logs are, inside
+    the directory.
     """
     directory = config.run_directory
     moved = None
     if directory.exists() and (config.save.resume or keep):
-        for path in (directory / "config.yaml", directory / "log"):
+        for path in (directory / "config.yaml", directory / "versions.json", directory / "log"):
             if path.exists():
                 move_aside(path)
     elif directory.exists():
         moved = move_aside(directory)
     (directory / "log").mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(config))
+    (directory / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
     return moved
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 COMMANDS = (
     "train",
     "plot",
+    "report",
+    "diff",
     "convert",
     "inspect",
     "plan",

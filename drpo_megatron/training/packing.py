@@ -24,7 +24,8 @@ class TrainSequence:
 
     token_ids_L int32; sampled_L bool: the policy sampled this token; logmu_L float32 and version_L int32: meaningful
     where sampled; advantage: of every sampled token; weight: of every sampled token in the loss of its update.
-    prompt_length: tokens at the start that all samples of its group have; 0 where that is not known.
+    prompt_length: tokens at the start that all samples of its group have; 0 where that is not known. row: its place
+    among the sequences of the update, which finds it again.
     routed_experts_PLK: `Rollout.routed_experts`, P = num_positions.
     """
 
@@ -35,6 +36,7 @@ class TrainSequence:
     advantage: float
     weight: float
     prompt_length: int = 0
+    row: int = 0
     routed_experts_PLK: np.ndarray | None = None
 
     @property
@@ -51,6 +53,11 @@ class TrainSequence:
         return replace(self, **arrays)
 
 
+def groups_of_updates(groups: Sequence[RolloutGroup], updates: int) -> list[Sequence[RolloutGroup]]:
+    """The groups that each update of a step trains on: every `updates`-th."""
+    return [groups[i::updates] for i in range(updates)]
+
+
 def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: int) -> list[TrainSequence]:
     """The sequences of one update. `groups` is the whole global batch of that update: the denominators are taken over
     it.
@@ -58,7 +65,7 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
     rollouts = [r for g in groups for r in g.rollouts]
     weights_S = sequence_weights(aggregation, [sum(r.response_mask) for r in rollouts], horizon=horizon)
     sequences = []
-    for rollout, weight in zip(rollouts, weights_S, strict=True):
+    for row, (rollout, weight) in enumerate(zip(rollouts, weights_S, strict=True)):
         num_prompt = len(rollout.prompt.token_ids)
         nothing = [0] * num_prompt
         sequences.append(
@@ -70,6 +77,7 @@ def train_sequences(groups: Sequence[RolloutGroup], aggregation: str, horizon: i
                 advantage=float(rollout.advantage),
                 weight=float(weight),
                 prompt_length=num_prompt,
+                row=row,
                 routed_experts_PLK=rollout.routed_experts,
             )
         )
@@ -172,6 +180,13 @@ def pack(
     return [replace(batch, num_update_tokens=num_update_tokens) for batch in batches]
 
 
+def token_places(batch: TrainBatch) -> torch.Tensor:
+    """int32 [2, N] on the CPU: of each trained token the row of its sequence, and its index in that."""
+    # The label of a position is the token behind it; position ids count on behind a shared prefix.
+    places_2T = torch.stack([batch.rows_T, batch.position_ids_T + 1])
+    return places_2T[:, batch.mask_T].int().cpu()
+
+
 def experts_shape(sequences: Sequence[TrainSequence]) -> tuple[int, ...] | None:
     """(L, K) of the sequences' routed experts, None when they have none. Raises ValueError when they differ."""
     shapes = {None if s.routed_experts_PLK is None else s.routed_experts_PLK.shape[1:] for s in sequences}
@@ -224,6 +239,7 @@ def pack_segments(
         mask_T=joined([s.sampled_L[1:] for s in sequences], torch.bool),
         weights_T=joined([np.full(s.num_positions, s.weight) * s.sampled_L[1:] for s in sequences], torch.float32),
         sequence_ids_T=joined([np.full(s.num_positions, i) for i, s in enumerate(sequences)], torch.int64),
+        rows_T=joined([np.full(s.num_positions, s.row) for s in sequences], torch.int64),
         staleness_T=joined([(version - s.version_L[1:]) * s.sampled_L[1:] for s in sequences], torch.float32),
         cu_seqlens=torch.as_tensor(bounds),
         max_seqlen=int(np.diff(bounds).max()),

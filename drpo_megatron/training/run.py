@@ -23,11 +23,12 @@ from drpo_megatron.platform.distributed import control_group, from_rank_0
 from drpo_megatron.records import Metrics, RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
-from drpo_megatron.training.packing import TrainSequence, train_sequences
+from drpo_megatron.training.packing import TrainSequence, groups_of_updates, train_sequences
 from drpo_megatron.training.placement import placement_of
 from drpo_megatron.training.probe import SyncProbe
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.training.stop import StopRequested, StopSignal
+from drpo_megatron.training.trained_tokens import note_trained_tokens
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
 
 log = logging.getLogger(__name__)
@@ -121,8 +122,7 @@ class Run:
     def pack(self, groups: list[RolloutGroup]) -> list[list[TrainSequence]]:
         """The global batch of each update of this step, on every rank: disjoint parts of the groups."""
         with self.timer("pack"):
-            count = self.config.training.updates_per_batch
-            parts = [groups[i::count] for i in range(count)]
+            parts = groups_of_updates(groups, self.config.training.updates_per_batch)
             algorithm = self.config.algorithm
             return from_rank_0(
                 [train_sequences(part, algorithm.aggregation, self.config.horizon) for part in parts]
@@ -196,6 +196,8 @@ class Run:
         dist.gather_object(results, gathered if is_driver else None, dst=0, group=control_group())
         if not self.experience:
             return
+        if self.config.tracking.dump_rollouts:
+            note_trained_tokens(groups, gathered)
         metrics = step_metrics(
             self.config,
             groups,

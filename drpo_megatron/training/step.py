@@ -25,7 +25,7 @@ from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.context import pack_multiple, sequence_multiple, split_context
 from drpo_megatron.training.objective import MicroBatchReport, Objective
 from drpo_megatron.training.optimizer import UpdateGuard, apply_update, build_optimizer, wrap_data_parallel
-from drpo_megatron.training.packing import TrainSequence
+from drpo_megatron.training.packing import TrainSequence, token_places
 from drpo_megatron.training.prefix import pack_update, sharing_mode
 from drpo_megatron.training.routing import RoutingStats, UpdateRouting, expert_biases, router_training
 from drpo_megatron.weights.importer import load_hf
@@ -36,13 +36,15 @@ class UpdateResult:
     """What one update leaves behind.
 
     stats: this rank's tokens, on the CPU; None except on tensor rank 0 of the last pipeline stage. Data and context
-    parallel ranks have different tokens. tail_bound: the largest relative bound on the gradient error of this rank's
+    parallel ranks have different tokens. places_2N: int32, of these tokens the row of the sequence and the index in it;
+    None where no rollouts are dumped. tail_bound: the largest relative bound on the gradient error of this rank's
     sparse backward, 0 when exact. flops and positions: of the forward and backward on all ranks together.
     tokens_saved_frac: share of its positions that a rank saved by shared prefixes. routing: of this rank's layers, None
     for a dense model. fp8: where the update was examined.
     """
 
     stats: TokenStats | None
+    places_2N: torch.Tensor | None
     grad_norm: float
     applied: bool
     learning_rate: float
@@ -145,15 +147,18 @@ class Policy:
         self.guard.record(applied)
         learning_rate = self.scheduler.get_lr(self.optimizer.param_groups[0])
         self.scheduler.step(increment=1)
-        stats = None
+        stats = places_2N = None
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
             # One copy off the device: the record travels to rank 0 as a Python object.
             stats = TokenStats.from_matrix(TokenStats.cat([r.stats for r in reports]).matrix().cpu())
+            if self.config.tracking.dump_rollouts:
+                places_2N = torch.cat([token_places(batch) for batch in micro_batches], dim=1)
         tail_bound = max((r.tail_bound for r in reports), default=0.0)
         sampled = sum(int(s.sampled_L[1:].sum()) for s in sequences)
         flops = training_flops(self.hf, packed.lengths, sampled, packed.prefix_lengths)
         return UpdateResult(
             stats,
+            places_2N,
             grad_norm,
             applied,
             learning_rate,

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from safetensors import safe_open
@@ -106,6 +107,14 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000003.jsonl").open()]
     assert len(rollouts) == 32 * 8
     assert {v for r in rollouts for v in r["weight_versions"]} == {6}  # two updates in each of the three steps before
+    groups = [rollouts[i : i + 8] for i in range(0, len(rollouts), 8)]
+    distances = [abs(p - m) for g in groups[::2] for r in g for p, m in zip(r["logp"], r["logmu"], strict=True)]
+    assert max(distances) == pytest.approx(steps[3]["mismatch/abs_dlogp_max"], rel=1e-6)  # of the first update
+    assert sum(distances) / len(distances) == pytest.approx(steps[3]["mismatch/abs_dlogp_mean"], rel=1e-6)
+    weights = [w for r in rollouts if r["advantage"] for w in r["loss_weight"]]
+    assert np.quantile(weights, [0.01, 0.99]).tolist() == pytest.approx(
+        [steps[3]["drpo/weight_q01"], steps[3]["drpo/weight_q99"]]
+    )
     with (
         safe_open(tmp_path / "model" / "model.safetensors", "pt") as before,
         safe_open(next((tmp_path / "run" / "hf").glob("*.safetensors")), "pt") as after,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,44 +21,16 @@ import psutil
 
 from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent
+from tests.debian import unpack_packages
 
 NODES, CPUS, MEMORY_MB = 4, 16, 8000
 _PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2")
 _LIBRARIES = ("usr/lib/x86_64-linux-gnu/slurm-wlm", "usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 
 
-class Unavailable(Exception):
-    """The packages cannot be had here. The message is the reason."""
-
-
-def unpack_packages(directory: Path) -> Path:
-    """Download SLURM's packages with what they need and unpack them below `directory`. Raises Unavailable."""
-    for program in ("apt-get", "dpkg-deb"):
-        if shutil.which(program) is None:
-            raise Unavailable(f"SLURM's packages cannot be unpacked: {program} is not on this machine")
-    root, packages = directory / "root", directory / "packages"
-    packages.mkdir(parents=True)
-    simulate = ["install", "--simulate", "--no-install-recommends", *_PACKAGES]
-    try:
-        listed = _apt(simulate, packages)
-    except Unavailable:
-        _apt(["update", "-qq"], packages)  # a fresh machine has no lists
-        listed = _apt(simulate, packages)
-    needed = {line.split()[1] for line in listed.splitlines() if line.startswith("Inst ")}
-    _apt(["download", "-qq", *sorted(needed | set(_PACKAGES))], packages)
-    for package in packages.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", package, root], check=True, timeout=60)
-    return root
-
-
-def _apt(arguments: list[str], directory: Path) -> str:
-    try:
-        done = subprocess.run(["apt-get", *arguments], cwd=directory, capture_output=True, text=True, timeout=240)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"apt-get {arguments[0]} did not end in time") from error
-    if done.returncode:
-        raise Unavailable(f"apt-get {arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return done.stdout
+def unpack_slurm(directory: Path) -> Path:
+    """SLURM's packages with what they need, below `directory`. Raises Unavailable."""
+    return unpack_packages(_PACKAGES, directory)
 
 
 def _free_ports(count: int) -> list[int]:

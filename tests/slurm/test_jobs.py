@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from drpo_megatron.models.recipes import ensure_model
-from tests.slurm.cluster import Cluster, Unavailable, unpack_packages
+from tests.debian import Unavailable
+from tests.slurm.cluster import Cluster, unpack_slurm
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
@@ -103,7 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     # The sockets' paths must be short, and munge wants no directory above them that others may write to.
     with tempfile.TemporaryDirectory(prefix="drpo") as place:
         try:
-            root = unpack_packages(Path(place) / "packages")
+            root = unpack_slurm(Path(place) / "packages")
         except Unavailable as reason:
             pytest.skip(str(reason))
         directory = tmp_path_factory.mktemp("runs")

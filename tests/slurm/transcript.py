@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from drpo_megatron.models.recipes import ensure_model
-from tests.slurm.cluster import Cluster, unpack_packages
+from tests.slurm.cluster import Cluster, unpack_slurm
 from tests.slurm.test_jobs import ROOT, SMALL
 
 _HEAD = """# A job on SLURM, as it went
@@ -32,7 +32,7 @@ def main() -> None:
         clusters = home / "cpu.yaml"
         text = (ROOT / "configs" / "clusters" / "cpu.yaml").read_text()
         clusters.write_text(text + "check_command: '[ \"$SLURMD_NODENAME\" != node1 ]'\n")
-        with Cluster(unpack_packages(Path(place) / "packages"), Path(place) / "cluster") as cluster:
+        with Cluster(unpack_slurm(Path(place) / "packages"), Path(place) / "cluster") as cluster:
             environment = cluster.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
             def drpo(*arguments: str) -> str:
