@@ -1,4 +1,4 @@
-"""What k of n answers are worth, against enumeration and other libraries; what a response votes for; what is written."""
+"""What k of n answers are worth, against enumeration and other libraries; votes; what is written."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_majority_is_the_mean_over_all_draws() -> None:
 
 
 def test_majority_of_many_answers() -> None:
-    """At n = 64 against draws by numpy, within 4 standard errors; one vote is the mean, all votes the plain majority."""
+    """At n = 64 against draws by numpy, within 4 standard errors. One vote is the mean, all are the plain majority."""
     votes = ["a"] * 20 + ["b"] * 18 + [str(i) for i in range(20)] + [None] * 6
     correct = [v == "a" for v in votes]
     found = candidates(votes, correct)
