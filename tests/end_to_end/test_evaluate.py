@@ -58,7 +58,7 @@ def test_evaluation_and_training_do_not_touch_each_other(tmp_path: Path) -> None
     initial = ensure_model("tiny_qwen3", tmp_path / "initial")
     with SGLangServer(ServerConfig(), initial, "float32", 0, tmp_path / "server.log", deterministic=True) as server:
         url = server.wait_ready()
-        shared = (*SETTINGS, f"rollout.server.addresses=[{url}]")
+        shared = (*SETTINGS, f"rollout.server.addresses=[{url}]", "sync.transport=shared_memory")
         without, with_it = tmp_path / "without", tmp_path / "with"
         for directory, more in ((without, ()), (with_it, (*evaluation, "evaluation.every=3"))):
             done = subprocess.run(
