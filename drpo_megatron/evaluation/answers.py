@@ -15,6 +15,7 @@ from drpo_megatron.records import Prompt, RolloutGroup
 from drpo_megatron.rewards import RewardPool
 from drpo_megatron.rollout.client import RolloutClient, Servers
 from drpo_megatron.rollout.driver import decode
+from drpo_megatron.rollout.errors import GenerationError
 from drpo_megatron.rollout.producer import Sampler
 from drpo_megatron.rollout.sampler import GroupSampler
 from drpo_megatron.rollout.turns import FunctionSampler
@@ -60,11 +61,11 @@ def answer_set(
 ) -> list[Answered] | None:
     """The answers to every prompt of `chosen`, in the order of its prompts; None once `stopped()`.
 
-    version: of the weights that the servers hold; answers by older ones are asked for again. With
-    training.deterministic each sample has a seed of its own. progress: hears how many prompts are done. Verifiers are
-    started here and ended before this returns.
+    version: of the weights that the servers hold. With training.deterministic each sample has a seed of its own.
+    progress: hears how many prompts are done. Verifiers are started here and ended before this returns.
 
-    Raises ServerDied when no server is left, GenerationError when requests fail for good, RewardError.
+    Raises ServerDied when no server is left, GenerationError when requests fail for good or the servers get other
+    weights meanwhile, RewardError when verifiers cannot be started.
     """
     with RewardPool(chosen.reward, chosen.data) as rewards:
         return asyncio.run(_answer(config, chosen, servers, tokenizer, version, stopped, progress, rewards))
@@ -85,6 +86,7 @@ async def _answer(
 
         async def one(prompt: Prompt) -> Answered:
             group = await _sampler(config, chosen, prompt, tokenizer).run(client)
+            _refuse_other_weights(group, version)
             decode([group], tokenizer)
             await rewards.score_async(group.rollouts)
             return _judged(group, chosen.reward)
@@ -102,6 +104,15 @@ async def _answer(
             return [task.result() for task in tasks]
         finally:
             await _cancel(tasks)
+
+
+def _refuse_other_weights(group: RolloutGroup, version: int) -> None:
+    found = {v for r in group.rollouts for v, own in zip(r.weight_versions, r.response_mask, strict=True) if own}
+    if found - {version}:
+        raise GenerationError(
+            f"a server's weights changed from version {version} to {max(found)} during the evaluation: evaluate "
+            "servers that nothing trains meanwhile, or an exported model"
+        )
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Answered]]) -> None:
