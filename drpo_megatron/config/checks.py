@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from drpo_megatron.config.data_checks import data_problems, reward_problems
+from drpo_megatron.config.evaluation_checks import evaluation_problems
 from drpo_megatron.config.fp8_checks import fp8_layer_problems, fp8_problems
-from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.layout_checks import determinism_problems, overlap_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
 from drpo_megatron.config.rollout_checks import fp8_rollout_problems, rollout_problems
 from drpo_megatron.config.save_checks import save_problems
-from drpo_megatron.config.schema import FileData, ReasoningGymData, RunConfig
+from drpo_megatron.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from drpo_megatron.models.hf_config import HFModelConfig
@@ -30,8 +30,9 @@ def check_config(config: RunConfig) -> None:
         *determinism_problems(config),
         *_batch(config),
         *_algorithm(config),
-        *_data(config),
-        *_reward(config),
+        *data_problems(config.data),
+        *reward_problems(config.reward, config.data.source),
+        *evaluation_problems(config),
         *rollout_problems(config),
         *save_problems(config),
         *fp8_problems(config),
@@ -39,6 +40,20 @@ def check_config(config: RunConfig) -> None:
         *_profile(config),
         *_model(config),
     ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # a set that is evaluated may repeat one of the run's
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """The same for what `drpo evaluate` needs of a configuration: the model, the sets and the servers."""
+    problems = [*evaluation_problems(config), *rollout_problems(config), *_model(config)]
+    if not config.evaluation.sets:
+        problems.append("evaluation.sets: is empty; name what is to be evaluated there, or with --data")
+    if config.fp8.rollout:
+        problems.append(
+            "fp8.rollout: is true, and servers of FP8 rollouts start without weights, which a training run sends them; "
+            "set it to false, or evaluate a model that `drpo convert --dtype fp8` made"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -92,45 +107,6 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         yield f"algorithm.loss: {error}"
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    from drpo_megatron.data.rows import DataError, open_rows  # pyarrow and reasoning-gym are loaded where they are used
-
-    data = config.data
-    if "{prompt}" not in data.prompt_template:
-        yield "data.prompt_template: does not contain {prompt}, so every prompt would be the same; add it"
-    if data.system_prompt is not None and not data.chat_template:
-        yield "data.system_prompt: needs data.chat_template; put the text into data.prompt_template instead"
-    try:
-        open_rows(data.source)
-    except DataError as error:
-        yield f"data.source: {error}"
-
-
-def _reward(config: RunConfig) -> Iterator[str]:
-    reward, source = config.reward, config.data.source
-    if reward.type == "reasoning_gym" and not isinstance(source, ReasoningGymData):
-        yield f"reward.type: reasoning_gym scores its own problems only, data.source.type is {source.type}; change one"
-    if reward.type == "math_verify" and isinstance(source, FileData) and source.answer_key is None:
-        yield "data.source.answer_key: is null, and math_verify needs a reference answer; name its column"
-    if reward.type == "function" and reward.function is None:
-        yield "reward.function: is required for reward.type = function; set it to module:function"
-    if reward.type != "function" and reward.function is not None:
-        yield f"reward.function: has no effect with reward.type = {reward.type}; remove it or set the type to function"
-    if reward.type == "function" and reward.function is not None:
-        try:
-            import_function(reward.function)
-        except ValueError as error:
-            yield f"reward.function: {error}"
-    if reward.extract is not None:
-        if reward.type != "reasoning_gym":
-            yield f"reward.extract: has no effect with reward.type = {reward.type}; remove it"
-        try:
-            if re.compile(reward.extract).groups < 1:
-                yield f"reward.extract: {reward.extract!r} has no group; put the answer's part in parentheses"
-        except re.error as error:
-            yield f"reward.extract: {reward.extract!r} is not a regular expression ({error}); correct it"
-
-
 def _timeouts(config: RunConfig) -> Iterator[str]:
     training = config.training
     if training.verb_timeout_s is not None and training.timeout_s <= training.verb_timeout_s:
@@ -172,6 +148,12 @@ def _model(config: RunConfig) -> Iterator[str]:
     if prompt + response > hf.max_position_embeddings:
         yield (
             f"rollout.sampling.max_new_tokens: {response} + data.max_prompt_tokens = {prompt} is above the model's "
+            f"{hf.max_position_embeddings} positions; lower one of them"
+        )
+    answer = config.evaluation.max_new_tokens or response
+    if config.evaluation.sets and prompt + answer > hf.max_position_embeddings:
+        yield (
+            f"evaluation.max_new_tokens: {answer} + data.max_prompt_tokens = {prompt} is above the model's "
             f"{hf.max_position_embeddings} positions; lower one of them"
         )
 

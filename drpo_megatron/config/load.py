@@ -37,7 +37,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_section[S: Section](schema: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
     """The same for any file whose settings `schema` describes."""
-    raw = _read_yaml(Path(path))
+    return section_of(schema, _read_yaml(Path(path)), overrides)
+
+
+def section_of[S: Section](schema: type[S], raw: dict[str, Any], overrides: Sequence[str] = ()) -> S:
+    """The same for settings that are no file. Changes `raw`."""
     problems: list[str] = []
     for override in overrides:
         try:
@@ -167,18 +171,31 @@ def _resolve(location: Sequence[int | str], schema: type[Section]) -> tuple[list
             here = here[str(part)]
             continue
         keys.append(str(part))
+        if isinstance(here, _Named):
+            here = here.section
+            continue
         parent = here
         here = _child(here, str(part))
     return keys, parent if isinstance(parent, type) and issubclass(parent, Section) else None
 
 
+@dataclass(frozen=True)
+class _Named:
+    """Sections of one kind, under names that the user gives."""
+
+    section: type[Section]
+
+
 def _child(section: Any, key: str) -> Any:
-    """What stands at `key`: a section, the variants of a discriminated union by tag, or None."""
+    """What stands at `key`: a section, named sections, the variants of a discriminated union by tag, or None."""
     if not (isinstance(section, type) and issubclass(section, Section)) or key not in section.model_fields:
         return None
     field = section.model_fields[key]
     if field.discriminator:
         return _variants(field)
+    if typing.get_origin(field.annotation) is dict:
+        of_each = typing.get_args(field.annotation)[1]
+        return _Named(of_each) if isinstance(of_each, type) and issubclass(of_each, Section) else None
     for annotation in (field.annotation, *typing.get_args(field.annotation)):  # a section may be optional
         if isinstance(annotation, type) and issubclass(annotation, Section):
             return annotation
@@ -249,6 +266,9 @@ def _walk(section: type[Section], prefix: str, variant: str | None) -> Iterator[
             for model in dict.fromkeys(child.values()):
                 tags = " | ".join(tag for tag, m in child.items() if m is model)
                 yield from _walk(model, f"{path}.", tags)
+        elif isinstance(child, _Named):
+            yield FieldHelp(path, "mapping", _default(field), field.description or "", variant)
+            yield from _walk(child.section, f"{path}.NAME.", variant)
         elif child is not None:
             yield from _walk(child, f"{path}.", variant)
         else:

@@ -1,7 +1,7 @@
 """The configuration of a run, typed. The help text of a setting is the string under it; an unknown key is an error.
 
 Sections follow the verbs of the main loop: model, data, reward, rollout, algorithm, parallel, training, fp8, sync,
-save, tracking.
+save, evaluation, tracking.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class FileData(Section):
     """Format of the file."""
     path: Path
     """One row a prompt."""
+    layout: Literal["keys", "auto", "gsm8k", "math", "aime", "dapo"] = "keys"
+    """Where a row has its prompt and answer. keys: under `prompt_key` and `answer_key`. gsm8k, math, aime, dapo: as the
+    files of these data sets have them (data/layouts.py). auto: the one of all these that the first row fits; more than
+    one, or none, is an error that names them."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of chat messages."""
     answer_key: str | None = "answer"
@@ -114,6 +118,15 @@ class SamplingConfig(Section):
     """Strings that end a response besides the end-of-sequence token."""
     ignore_eos: bool = False
     """Go on past the end-of-sequence token: every response has max_new_tokens."""
+
+
+class EvaluationSampling(SamplingConfig):
+    """How answers are sampled that are judged and not trained, so that μ need not be their distribution: the most
+    likely tokens alone (temperature 0), or without the tail (top_p).
+    """
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
 
 
 class ServerConfig(Section):
@@ -402,6 +415,40 @@ class SaveConfig(Section):
     """Go on from the newest checkpoint, if there is one. What `drpo train --resume` sets."""
 
 
+class EvaluationSet(Section):
+    source: ReasoningGymData | FileData | FunctionData = Field(discriminator="type")
+    """Where its prompts come from; they are taken in order."""
+    limit: int | None = Field(None, gt=0)
+    """Take the first prompts only. null: all."""
+    samples: int | None = Field(None, gt=0)
+    """Answers to each prompt. null: evaluation.samples."""
+    system_prompt: str | None = None
+    """null: data.system_prompt."""
+    prompt_template: str | None = None
+    """null: data.prompt_template."""
+    reward: RewardConfig | None = None
+    """The verifier. null: `reward`."""
+
+
+class EvaluationConfig(Section):
+    every: int | None = Field(None, gt=0)
+    """Steps from one evaluation of the weights to the next, after the sync; the last step has one too. null: none
+    during training. `drpo evaluate` needs `sets` only."""
+    samples: int = Field(1, gt=0)
+    """Answers to each prompt."""
+    ks: list[int] | None = None
+    """The k of pass@k and maj@k, each at most the samples. null: 1 and the samples."""
+    temperature: float | None = Field(None, ge=0)
+    """null: rollout.sampling.temperature. 0: the most likely token each time."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most likely tokens that have this probability together."""
+    max_new_tokens: int | None = Field(None, gt=0)
+    """Longest answer, in tokens. null: rollout.sampling.max_new_tokens. `stop` and `ignore_eos` are those of
+    rollout.sampling."""
+    sets: dict[str, EvaluationSet] = Field(default_factory=dict)
+    """By name, of letters, digits, _ and -, which the metrics have: evaluation/NAME/…"""
+
+
 class TrackingConfig(Section):
     directory: Path = Path("runs")
     """The run lives in directory/name."""
@@ -435,6 +482,7 @@ class RunConfig(Section):
     fp8: Fp8Config = Field(default_factory=lambda: Fp8Config())
     sync: SyncConfig = Field(default_factory=lambda: SyncConfig())
     save: SaveConfig = Field(default_factory=lambda: SaveConfig())
+    evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
 
     @property
@@ -449,6 +497,18 @@ class RunConfig(Section):
     @property
     def checkpoint_directory(self) -> Path:
         return self.save.directory or self.run_directory / "checkpoints"
+
+    @property
+    def evaluation_sampling(self) -> EvaluationSampling:
+        """`evaluation`'s settings, and rollout.sampling's where it has none."""
+        training, own = self.rollout.sampling, self.evaluation
+        return EvaluationSampling(
+            temperature=training.temperature if own.temperature is None else own.temperature,
+            top_p=own.top_p,
+            max_new_tokens=own.max_new_tokens or training.max_new_tokens,
+            stop=training.stop,
+            ignore_eos=training.ignore_eos,
+        )
 
     @property
     def horizon(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import FileData, FunctionData, ReasoningGymData
+from drpo_megatron.data import layouts
 from drpo_megatron.data.errors import DataError
 from drpo_megatron.data.gym import make_dataset
 
@@ -168,12 +170,15 @@ def _read_file(source: FileData) -> list[Row]:
         raise DataError(f"{path}: does not exist; correct data.source.path")
     rows: list[Row] = []
     problems: list[str] = []
+    layout: str | None = None if source.layout == "auto" else source.layout
     for number, raw in (_jsonl if source.type == "jsonl" else _parquet)(path):
         where = f"{path}:{number}"
+        if layout is None and isinstance(raw, dict):
+            layout = _detected_layout(source, where, raw)
         try:
             if isinstance(raw, DataError):
                 raise raw
-            rows.append(_file_row(source, f"{path.name}:{number}", where, raw))
+            rows.append(_file_row(source, layout or "keys", f"{path.name}:{number}", where, raw))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -184,9 +189,30 @@ def _read_file(source: FileData) -> list[Row]:
     return rows
 
 
-def _file_row(source: FileData, row_id: str, where: str, raw: object) -> Row:
+def _detected_layout(source: FileData, where: str, raw: dict[str, Any]) -> str:
+    """The one layout that the first row fits. Raises DataError when it is not one."""
+    found = layouts.detect(raw)
+    with contextlib.suppress(DataError):
+        _lookup(raw, source.prompt_key, where)
+        if source.answer_key is None or _lookup(raw, source.answer_key, where) is not None:
+            found.append("keys")
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(map(str, raw)) or "none"
+    fits = f"fit the layouts {' and '.join(found)}" if found else "fit no layout"
+    choices = "one of them" if found else f"one of {', '.join(layouts.LAYOUTS)}, or prompt_key and answer_key"
+    raise DataError(f"{where}: the columns ({columns}) {fits}; set the source's layout to {choices}")
+
+
+def _file_row(source: FileData, layout: str, row_id: str, where: str, raw: object) -> Row:
     if not isinstance(raw, dict):
-        raise DataError(f"{where}: must be an object with the key {source.prompt_key!r}, not {_kind(raw)}")
+        wanted = f"the key {source.prompt_key!r}" if layout == "keys" else f"the columns of the layout {layout}"
+        raise DataError(f"{where}: must be an object with {wanted}, not {_kind(raw)}")
+    if layout != "keys":
+        try:
+            return _row(row_id, where, layouts.read_row(layout, raw))
+        except layouts.LayoutError as error:
+            raise DataError(f"{where}: {error}") from error
     made: dict[str, Any] = {"prompt": _lookup(raw, source.prompt_key, where)}
     if source.answer_key is not None:
         made["answer"] = _lookup(raw, source.answer_key, where)

@@ -122,6 +122,10 @@ def summary(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     ]
     if verbs:
         yield "seconds", ", ".join(verbs)
+    for name, value in metrics.items():
+        family, _, figure = name.rpartition("/")
+        if family.startswith("evaluation/") and figure.startswith("avg@"):
+            yield f"{family.removeprefix('evaluation/')} {figure}", f"{value:.3f}"
     if metrics.get("reward/errors"):
         yield "reward errors", f"{metrics['reward/errors']:.0f}"
 

@@ -132,6 +132,10 @@ def _forget_from(directory: Path, first_step: int) -> None:
     for dump in (directory / "rollouts").glob("step_*.jsonl"):
         if int(dump.stem.removeprefix("step_")) >= first_step:
             dump.unlink()
+    # Numbered by the steps that were done, as checkpoints are.
+    for results in (directory / "evaluation").glob("*/step_*.jsonl"):
+        if int(results.stem.removeprefix("step_")) > first_step:
+            results.unlink()
 
 
 def _last_totals(metrics: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import aiohttp
 import numpy as np
 
-from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
+from drpo_megatron.config.schema import EvaluationSampling, RolloutConfig, SamplingConfig
 from drpo_megatron.rollout.admin import authorization
 from drpo_megatron.rollout.errors import GenerationError, OldWeights, ServerDied, Stopped
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
@@ -160,11 +160,12 @@ def request_body(
     """Body of /generate for one continuation of each of `inputs`, with the experts of each token if `routed_experts`.
 
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
-    the distribution before truncation, and μ would not be what was sampled from.
+    the distribution before truncation, and μ would not be what was sampled from. Answers that are not trained may be
+    sampled with top-p.
     """
     parameters: dict[str, Any] = {
         "temperature": sampling.temperature,
-        "top_p": 1.0,
+        "top_p": sampling.top_p if isinstance(sampling, EvaluationSampling) else 1.0,
         "top_k": -1,
         "min_p": 0.0,
         "frequency_penalty": 0.0,

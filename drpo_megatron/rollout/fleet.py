@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -358,15 +359,15 @@ class Fleet:
             self._route()
 
 
-def fleet_of(config: RunConfig) -> Fleet:
+def fleet_of(config: RunConfig, log_directory: Path | None = None) -> Fleet:
     """The servers that a run's configuration asks for, not started. The model's directory must exist, and the one of
-    `fp8.rollout` when they start.
+    `fp8.rollout` when they start. log_directory: the run's log/ by default.
 
     Raises ServerStartError for arguments that SGLang does not have and an API key that is not in the environment.
     """
     settings = server_settings(config)
     api_key = api_key_of(settings)
-    log_directory = config.run_directory / "log"
+    log_directory = log_directory or config.run_directory / "log"
     servers: list[Server] = [ExternalServer(url, api_key) for url in settings.addresses]
     if not servers:
         experts = RoutedExpertsFormat.load(config.model.path) is not None

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.data import load_prompts
+from drpo_megatron.evaluation.during_training import TrainingEvaluation
 from drpo_megatron.fp8 import audit
 from drpo_megatron.fp8.rollout import RolloutWeights, server_model
 from drpo_megatron.records import Metrics, Prompt, RolloutGroup
@@ -50,6 +51,7 @@ class Experience:
         self._stopped = stopped
         self._groups: list[RolloutGroup] = []
         self.sync_metrics: Metrics = {}
+        self._evaluation_metrics: Metrics = {}
         self._version = 0
         self._audited = False
 
@@ -62,6 +64,7 @@ class Experience:
             self.fleet = started.enter_context(fleet_of(config))
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
             self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            self.evaluation = TrainingEvaluation(config, self.tokenizer)
             self.experts = RoutedExpertsFormat.load(config.model.path)
             self.producer = RolloutProducer(
                 config.rollout,
@@ -114,6 +117,23 @@ class Experience:
         """The groups of the last complete `generate`."""
         groups, self._groups = self._groups, []
         return groups
+
+    def evaluate(self, steps_done: int) -> Literal["", "stopped", "no server"]:
+        """Let the servers answer the sets of `evaluation`; returns why they did not. Raises as `generate` does."""
+        try:
+            metrics = self.evaluation.run(self.fleet, self._version, steps_done, self._stopped)
+        except ServerDied as death:
+            log.warning("evaluation waits for a server: %s", death)
+            return "stopped" if self._stopped() else "no server"
+        if metrics is None:
+            return "stopped"
+        self._evaluation_metrics = metrics
+        return ""
+
+    def take_evaluation(self) -> Metrics:
+        """Of the last complete `evaluate`, once; empty where there was none since."""
+        metrics, self._evaluation_metrics = self._evaluation_metrics, {}
+        return metrics
 
     def before_sync(self) -> None:
         """Wait until the weights may change, as the schedule wants it."""

@@ -1,4 +1,7 @@
-"""The main loop. Its verbs are the design: generate (and score) → advantages → pack → train → sync → log → save."""
+"""The main loop. Its verbs are the design:
+
+generate (and score) → advantages → pack → train → sync → evaluate → log → save
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ def train(run: Run) -> None:
         updates = run.pack(groups)
         results = [run.train(sequences) for sequences in updates]
         run.sync()
+        run.evaluate()
         run.log(groups, results)
         run.save()
     run.finish()

@@ -7,7 +7,8 @@ the fullest moment is the trainer's weights beside a server's:
     train      servers: nothing               trainer: weights, gradients, optimizer state
     sync       servers: weights               trainer: weights
 
-The probe after a sync is asked in a turn of the servers, and computed by the trainer in one more turn of the sync.
+The probe after a sync is asked in a turn of the servers, and computed by the trainer in one more turn of the sync. An
+evaluation is such a turn too.
 
 What stays on a device either way: CUDA contexts, communicators, captured graphs, the modules' small buffers.
 

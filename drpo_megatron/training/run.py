@@ -189,6 +189,20 @@ class Run:
             self.experience.sync_metrics |= metrics
         return True
 
+    def evaluate(self) -> None:
+        """In steps that `evaluation.every` names and after the last: let the servers, which hold this step's weights,
+        answer the sets. A run that is told to stop does not finish it.
+        """
+        every, done = self.config.evaluation.every, self.step + 1
+        if every is None or (done % every and done < self.config.training.steps):
+            return
+        with self.timer("evaluate"):
+            self.placement.for_probe()
+            while from_rank_0(self.experience.evaluate(done) if self.experience else None) == "no server":
+                self._push_weights()
+                self.placement.for_probe()
+            self.placement.for_sync()
+
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""
         gathered: list[list[UpdateResult]] = [[] for _ in range(dist.get_world_size())]
@@ -208,6 +222,7 @@ class Run:
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),
         )
+        metrics |= self.experience.take_evaluation()
         looks = [result.fp8 for of_rank in gathered for result in of_rank if result.fp8]
         if looks:
             tensors, of_fp8 = self.health.add(looks)
