@@ -200,6 +200,8 @@ def describe(config: RunConfig, layout: ParallelLayout, server_commands: list[li
         lines.append(f"  rank {rank}: " + ", ".join(f"{axis} {index}" for axis, index in at.items()))
     environment = " ".join(f"{k}={v}" for k, v in training_environment(config).items())
     lines += ["trainer:", f"  {environment} {shlex.join(training_command(config, layout, Place()))}"]
+    if config.rollout.from_dump is not None:
+        return "\n".join([*lines, f"no rollout servers: rollouts are read from {config.rollout.from_dump}"])
     lines += ["rollout servers (started by rank 0):", *(f"  {shlex.join(command)}" for command in server_commands)]
     lines += [f"rollout server (started elsewhere): {url}" for url in config.rollout.server.addresses]
     return "\n".join(lines)

@@ -174,6 +174,9 @@ class RolloutConfig(Section):
     function: str | None = None
     """`module:function` for rollouts of several turns: an async f(prompt, session) -> Trajectory, see rollout/turns.py.
     null: one request for all samples of a prompt."""
+    from_dump: Path | None = None
+    """Train from the rollouts in this run directory, or its rollouts/, instead of sampling: no server is started and no
+    weights are synced. What `drpo train --rollouts` sets."""
     concurrency: int = Field(256, gt=0)
     """Requests in flight at the same time."""
     request_timeout_s: float = Field(600.0, gt=0)
@@ -410,7 +413,10 @@ class TrackingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events to the run's tb/."""
     dump_rollouts: bool = True
-    """Write every rollout of a step to rollouts/."""
+    """Write every rollout of a step to rollouts/; `drpo train --rollouts` trains from them."""
+    dump_routed_experts: bool = False
+    """Write the experts that each token of a mixture of experts took there too: (layers × experts a token) bytes for
+    each, twice that with more than 256 experts. Without them a replay needs model.routing_replay = false."""
     progress: bool = True
     """Live display in the terminal; one line a step where there is none."""
 

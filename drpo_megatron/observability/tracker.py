@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.records import RolloutGroup
+from drpo_megatron.rollout.dump import RolloutDump
 
 if TYPE_CHECKING:
     from drpo_megatron.fp8.health import TensorHealth
@@ -36,12 +37,15 @@ class Tracker:
     def __init__(self, config: RunConfig, first_step: int = 0) -> None:
         self._config = config
         directory = config.run_directory
-        self._rollouts = directory / "rollouts"
-        self._rollouts.mkdir(parents=True, exist_ok=True)
+        self._rollouts = RolloutDump(directory / "rollouts")
+        self._rollouts.directory.mkdir(parents=True, exist_ok=True)
         # wandb first: it is the one that can fail.
         self._wandb = _start_wandb(config, resumes=first_step > 0) if config.tracking.wandb else None
         self._tensorboard = _tensorboard_writer(directory / "tb", first_step) if config.tracking.tensorboard else None
         _forget_from(directory, first_step)
+        self._rollouts.forget_from(first_step)
+        if config.tracking.dump_rollouts:
+            self._rollouts.write_about(config)
         self._metrics = (directory / "metrics.jsonl").open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -63,14 +67,9 @@ class Tracker:
                 file.write(json.dumps({"step": step} | dataclasses.asdict(tensor)) + "\n")
 
     def dump_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Write `rollouts/step_000012.jsonl`, one rollout a line, unless tracking.dump_rollouts is off."""
-        if not self._config.tracking.dump_rollouts:
-            return
-        path = self._rollouts / f"step_{step:06d}.jsonl"
-        with path.open("w") as file:
-            for group in groups:
-                for rollout in group.rollouts:
-                    file.write(json.dumps(rollout.to_json(), ensure_ascii=False) + "\n")
+        """Write the step's files in rollouts/ (`rollout.dump`), unless tracking.dump_rollouts is off."""
+        if self._config.tracking.dump_rollouts:
+            self._rollouts.write(step, groups, routed_experts=self._config.tracking.dump_routed_experts)
 
     def close(self, failed: bool = False) -> None:
         """Flush and close everything. `failed` marks the wandb run so. May be called twice."""
@@ -101,9 +100,6 @@ def _forget_from(directory: Path, first_step: int) -> None:
             beside = path.with_suffix(".tmp")
             beside.write_text("".join(kept))
             beside.rename(path)
-    for dump in (directory / "rollouts").glob("step_*.jsonl"):
-        if int(dump.stem.removeprefix("step_")) >= first_step:
-            dump.unlink()
 
 
 def _tensorboard_writer(directory: Path, first_step: int) -> Any:
