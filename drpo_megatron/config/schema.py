@@ -6,16 +6,28 @@ save, tracking.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from drpo_megatron.platform.layout import ParallelLayout
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        if isinstance(value, Path) and (len(str(value)) > 1000 or any(len(os.fsencode(p)) > 255 for p in value.parts)):
+            raise ValueError("must be a path that file systems take: 255 bytes a name")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("must fit into 64 bits")
+        return value
 
 
 class ModelConfig(Section):
@@ -117,7 +129,7 @@ class SamplingConfig(Section):
 
 
 class ServerConfig(Section):
-    count: int = Field(1, gt=0)
+    count: int = Field(1, gt=0, le=256)
     """Servers on the host of rank 0. With more than one, sglang-router stands in front of them."""
     addresses: list[str] = Field(default_factory=list)
     """Servers that were started elsewhere, as http://HOST:PORT; none is started here then. They must serve `model.path`
@@ -422,9 +434,9 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = Field(pattern="^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialisation, data order and sampling."""
     model: ModelConfig
     data: DataConfig
