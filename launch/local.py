@@ -25,6 +25,7 @@ from drpo_megatron.platform.versions import versions
 from drpo_megatron.training.stop import RECORD
 
 SHUTDOWN_S = 45.0
+MOST_RANKS = 1024  # that a dry run lists
 EXIT_INTERRUPTED = 130
 
 
@@ -206,11 +207,15 @@ def coordinates(layout: ParallelLayout, rank: int) -> dict[str, int]:
 def describe(config: RunConfig, layout: ParallelLayout, server_commands: list[list[str]]) -> str:
     """The process layout and the command lines of a run, for `drpo train --dry-run`."""
     lines = [f"ranks: {layout.world_size} (tensor × pipeline × context × data)"]
-    for rank in range(layout.world_size):
+    for rank in range(min(layout.world_size, MOST_RANKS)):
         at = coordinates(layout, rank)
         lines.append(f"  rank {rank}: " + ", ".join(f"{axis} {index}" for axis, index in at.items()))
+    if layout.world_size > MOST_RANKS:
+        lines.append(f"  … and {layout.world_size - MOST_RANKS} more in the same order")
     environment = " ".join(f"{k}={v}" for k, v in training_environment(config).items())
     lines += ["trainer:", f"  {environment} {shlex.join(training_command(config, layout, Place()))}"]
+    if config.rollout.from_dump is not None:
+        return "\n".join([*lines, f"no rollout servers: rollouts are read from {config.rollout.from_dump}"])
     lines += ["rollout servers (started by rank 0):", *(f"  {shlex.join(command)}" for command in server_commands)]
     lines += [f"rollout server (started elsewhere): {url}" for url in config.rollout.server.addresses]
     return "\n".join(lines)

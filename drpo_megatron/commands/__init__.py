@@ -9,6 +9,7 @@ from __future__ import annotations
 
 COMMANDS = (
     "train",
+    "rollout",
     "evaluate",
     "plot",
     "report",

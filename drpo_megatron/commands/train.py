@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ EXAMPLES = (
     "drpo train configs/quickstart.yaml",
     "drpo train configs/quickstart.yaml algorithm.loss=pg 'algorithm.loss_args={}' --dry-run",
     "drpo train configs/quickstart.yaml --resume",
+    "drpo train configs/quickstart.yaml --rollouts runs/quickstart name=replayed",
 )
 
 
@@ -23,11 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest good checkpoint of the run, if there is one"
     )
+    parser.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="DUMP",
+        help="train from the rollouts of this run directory; no server is started, see docs/replay.md",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
 
 
-def _prepare(config: RunConfig) -> None:
-    """Make the recipe's model if it is missing, and refuse what cannot run. Raises ConfigError."""
+def prepare(config: RunConfig) -> list[list[str]]:
+    """Make the recipe's model if it is missing, and refuse what cannot run. Returns the command lines of the rollout
+    servers. Raises ConfigError.
+    """
+    from drpo_megatron.rollout.errors import ServerStartError
+    from drpo_megatron.rollout.fleet import fleet_of
+
     if config.model.recipe is not None:
         from drpo_megatron.models.recipes import ensure_model
 
@@ -38,19 +51,22 @@ def _prepare(config: RunConfig) -> None:
         except (ValueError, OSError) as error:
             raise ConfigError([f"model.recipe: {error}"]) from error
     check_config(config)
+    if config.rollout.from_dump is not None:
+        return []
+    try:
+        return fleet_of(config).commands()
+    except ServerStartError as error:
+        raise ConfigError([f"rollout.server: {error}"]) from error
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from drpo_megatron.rollout.errors import ServerStartError
-    from drpo_megatron.rollout.fleet import fleet_of
     from launch import local
 
-    config = load_config(parsed.config, parsed.overrides + ["save.resume=true"] * parsed.resume)
-    _prepare(config)
-    try:
-        commands = fleet_of(config).commands()
-    except ServerStartError as error:
-        raise ConfigError([f"rollout.server: {error}"]) from error
+    overrides = parsed.overrides + ["save.resume=true"] * parsed.resume
+    if parsed.rollouts is not None:
+        overrides.append(f"rollout.from_dump={json.dumps(str(parsed.rollouts))}")
+    config = load_config(parsed.config, overrides)
+    commands = prepare(config)
     for note in notes(config):
         print(f"note: {note}")
     if parsed.dry_run:

@@ -140,6 +140,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from fp8_layer_problems(config, hf)
     yield from _served(config, hf)
     yield from fp8_rollout_problems(config, hf)
+    yield from _replay(config, hf)
     for problem in weight_problems(path):
         yield f"model.path: {problem}"
     for problem in tokenizer_problems(path, hf.vocab_size, config.data.chat_template):
@@ -156,6 +157,16 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"evaluation.max_new_tokens: {answer} + data.max_prompt_tokens = {prompt} is above the model's "
             f"{hf.max_position_embeddings} positions; lower one of them"
         )
+
+
+def _replay(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
+    """The rollouts of a former run that this one is to train from."""
+    from drpo_megatron.rollout.dump import dump_problems
+
+    if config.rollout.from_dump is not None:
+        follows_routing = hf.moe is not None and config.model.routing_replay is not False
+        for problem in dump_problems(config, needs_experts=follows_routing):
+            yield f"rollout.from_dump: {problem}"
 
 
 def _experts(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:

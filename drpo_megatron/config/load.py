@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ def section_of[S: Section](schema: type[S], raw: dict[str, Any], overrides: Sequ
             _apply_override(raw, override)
         except ConfigError as error:
             problems += error.problems
+    problems += _not_settings(raw)
     if problems:
         raise ConfigError(problems)
     try:
@@ -61,6 +63,10 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_LONGEST_FILE = 2**20  # characters; PyYAML reads some 100,000 a second
+_DEEPEST = 50
+_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlevel=3)
+
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
@@ -71,8 +77,9 @@ class _Loader(yaml.SafeLoader):
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     first_lines: dict[Hashable, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = key_node.start_mark.line + 1
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if not isinstance(key, Hashable):
+            raise ConfigError([f"{_shown(key)}: is the key in line {line}, and keys are words; put it into quotes"])
         if key in first_lines:
             raise ConfigError([f"{key}: given twice, in lines {first_lines[key]} and {line}; remove one of them"])
         first_lines[key] = line
@@ -88,20 +95,71 @@ _Loader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        with path.open() as file:
+            text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror}; give the path of a YAML file, see configs/"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is not UTF-8 text; give the path of a YAML file, see configs/"]) from error
+    if len(text) > _LONGEST_FILE:
+        limit = _LONGEST_FILE // 2**20
+        raise ConfigError([f"{path}: is longer than {limit} MiB; give the path of a YAML file, see configs/"])
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: is not valid YAML ({_one_line(error)}); correct it there"]) from error
+        raw = _parse(text)
+    except _NotYaml as error:
+        raise ConfigError([f"{path}: is not valid YAML ({error}); correct it there"]) from error
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: holds no settings; it must be a mapping of sections, see configs/"])
     return raw
+
+
+class _NotYaml(Exception):
+    """The message is one line."""
+
+
+def _parse(text: str) -> Any:
+    """Raises _NotYaml, and ConfigError for a repeated key."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise _NotYaml("it is nested too deeply") from error
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that Python does not have is a ValueError
+        raise _NotYaml(_one_line(error)) from error
+
+
+def _not_settings(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[str]:
+    """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, keys that
+    are no words, values without end.
+    """
+    if isinstance(value, str) and not _is_text(value):
+        yield f"{path}: {_shown(value)} holds a character that files and terminals do not take; remove it"
+    if not isinstance(value, dict | list):
+        return
+    if id(value) in above:
+        yield f"{path}: contains itself; write it out"
+        return
+    if len(above) > _DEEPEST:
+        yield f"{path}: is nested more than {_DEEPEST} deep; correct the value"
+        return
+    within = (*above, id(value))
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(value, dict) and not (isinstance(key, str) and _is_text(key)):
+            yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
+        else:
+            yield from _not_settings(child, f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path, within)
+
+
+def _is_text(word: str) -> bool:
+    return "\0" not in word and not any("\ud800" <= c <= "\udfff" for c in word)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: its start, where it is long."""
+    return _SHORT.repr(value)
 
 
 def _one_line(error: Exception) -> str:
@@ -113,9 +171,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError([f"{override}: is not an override; write key=value, for example training.steps=10"])
     try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{key}: the value {value!r} is not valid YAML ({_one_line(error)}); quote it"]) from error
+        parsed = _parse(value)
+    except _NotYaml as error:
+        raise ConfigError([f"{key}: the value {_shown(value)} is not valid YAML ({error}); quote it"]) from error
     *parents, last = key.split(".")
     section = raw
     for depth, parent in enumerate(parents):
@@ -125,7 +183,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             at = ".".join(parents[: depth + 1])
-            raise ConfigError([f"{key}: {at} is the value {section!r}, not a section; correct the key"])
+            raise ConfigError([f"{key}: {at} is the value {_shown(section)}, not a section; correct the key"])
     section[last] = parsed
 
 
@@ -145,13 +203,13 @@ def _problem(details: ErrorDetails, schema: type[Section]) -> str:
     if kind == "union_tag_not_found":
         return f"{path}.type: is required; set it to one of {', '.join(_tags(details['loc'], schema))}"
     if kind == "union_tag_invalid":
-        return f"{path}.type: {context['tag']!r} is unknown; choose one of {context['expected_tags']}"
+        return f"{path}.type: {_shown(context['tag'])} is unknown; choose one of {context['expected_tags']}"
     if kind == "model_type" or kind == "model_attributes_type":
-        return f"{path}: {given!r} is not a section; write its settings as indented key: value lines"
+        return f"{path}: {_shown(given)} is not a section; write its settings as indented key: value lines"
     if kind == "string_pattern_mismatch":
-        return f"{path}: {given!r} does not match {context['pattern']}; choose another value"
+        return f"{path}: {_shown(given)} does not match {context['pattern']}; choose another value"
     requirement = re.sub(r"^Input should be", "must be", details["msg"]).removeprefix("Value error, ")
-    return f"{path}: {_decapitalised(requirement).rstrip('.')}, got {given!r}; correct the value"
+    return f"{path}: {_decapitalised(requirement).rstrip('.')}, got {_shown(given)}; correct the value"
 
 
 def _decapitalised(text: str) -> str:

@@ -51,6 +51,8 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
     """One line each: `path.to.key: problem; what to do`."""
     yield from _schedule(config)
     yield from _function(config)
+    if config.rollout.from_dump is not None:
+        return  # no server is started
     yield from _addresses(config)
     yield from port_problems(config)
     yield from _placement(config)
@@ -194,7 +196,7 @@ def _placement(config: RunConfig) -> Iterator[str]:
 
 def fp8_rollout_problems(config: RunConfig, hf: HFModelConfig) -> Iterator[str]:
     """What FP8 rollouts need of the machine, the servers and the model."""
-    if not config.fp8.rollout:
+    if not config.fp8.rollout or config.rollout.from_dump is not None:
         return
     yield from _fp8_servers(config)
     if hf.mla is not None:

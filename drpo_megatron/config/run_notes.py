@@ -15,6 +15,7 @@ def notes(config: RunConfig) -> list[str]:
         *_budget_note(config),
         *_sharing_note(config),
         *_timeout_note(config),
+        *_replay_note(config),
         *placement_notes(config),
         *fp8_notes(config),
         *_determinism_note(config),
@@ -38,6 +39,11 @@ def _sharing_note(config: RunConfig) -> Iterator[str]:
             f"training.shared_prefix is auto and parallel.context is {context}: a prefix is not split over "
             "context-parallel ranks, so every response is computed with its own copy of the prompt"
         )
+
+
+def _replay_note(config: RunConfig) -> Iterator[str]:
+    if config.rollout.from_dump is not None and config.evaluation.every is not None:
+        yield "evaluation.every is set and rollouts come from a dump: there are no servers, and nothing is evaluated"
 
 
 def _timeout_note(config: RunConfig) -> Iterator[str]:

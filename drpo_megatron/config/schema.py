@@ -6,16 +6,28 @@ save, evaluation, tracking.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from drpo_megatron.platform.layout import ParallelLayout
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        if isinstance(value, Path) and (len(str(value)) > 1000 or any(len(os.fsencode(p)) > 255 for p in value.parts)):
+            raise ValueError("must be a path that file systems take: 255 bytes a name")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("must fit into 64 bits")
+        return value
 
 
 class ModelConfig(Section):
@@ -130,7 +142,7 @@ class EvaluationSampling(SamplingConfig):
 
 
 class ServerConfig(Section):
-    count: int = Field(1, gt=0)
+    count: int = Field(1, gt=0, le=256)
     """Servers on the host of rank 0. With more than one, sglang-router stands in front of them."""
     addresses: list[str] = Field(default_factory=list)
     """Servers that were started elsewhere, as http://HOST:PORT; none is started here then. They must serve `model.path`
@@ -187,6 +199,9 @@ class RolloutConfig(Section):
     function: str | None = None
     """`module:function` for rollouts of several turns: an async f(prompt, session) -> Trajectory, see rollout/turns.py.
     null: one request for all samples of a prompt."""
+    from_dump: Path | None = None
+    """Train from the rollouts in this run directory, or its rollouts/, instead of sampling: no server is started and no
+    weights are synced. What `drpo train --rollouts` sets."""
     concurrency: int = Field(256, gt=0)
     """Requests in flight at the same time."""
     request_timeout_s: float = Field(600.0, gt=0)
@@ -461,15 +476,18 @@ class TrackingConfig(Section):
     samples: int = Field(8, ge=0)
     """Samples of a step that wandb and TensorBoard show, each of another prompt."""
     dump_rollouts: bool = True
-    """Write every rollout of a step to rollouts/."""
+    """Write every rollout of a step to rollouts/; `drpo train --rollouts` trains from them."""
+    dump_routed_experts: bool = False
+    """Write the experts that each token of a mixture of experts took there too: (layers × experts a token) bytes for
+    each, twice that with more than 256 experts. Without them a replay needs model.routing_replay = false."""
     progress: bool = True
     """Live display in the terminal; one line a step where there is none."""
 
 
 class RunConfig(Section):
-    name: str = Field(pattern="^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialisation, data order and sampling."""
     model: ModelConfig
     data: DataConfig

@@ -19,6 +19,7 @@ from drpo_megatron.config.load import dump_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.platform.versions import code_version
 from drpo_megatron.records import RolloutGroup
+from drpo_megatron.rollout.dump import RolloutDump
 
 if TYPE_CHECKING:
     from drpo_megatron.fp8.health import TensorHealth
@@ -43,13 +44,16 @@ class Tracker:
     def __init__(self, config: RunConfig, first_step: int = 0) -> None:
         self._config = config
         directory = config.run_directory
-        self._rollouts = directory / "rollouts"
-        self._rollouts.mkdir(parents=True, exist_ok=True)
+        self._rollouts = RolloutDump(directory / "rollouts")
+        self._rollouts.directory.mkdir(parents=True, exist_ok=True)
         # wandb first: it is the one that can fail.
         self._wandb = _start_wandb(config, resumes=first_step > 0) if config.tracking.wandb else None
         self._tensorboard = _tensorboard_writer(config, first_step) if config.tracking.tensorboard else None
         _forget_from(directory, first_step)
         self._totals = _last_totals(directory / "metrics.jsonl")
+        self._rollouts.forget_from(first_step)
+        if config.tracking.dump_rollouts:
+            self._rollouts.write_about(config)
         self._metrics = (directory / "metrics.jsonl").open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -91,14 +95,9 @@ class Tracker:
             self._tensorboard.add_text("samples", "\n\n".join([" | ".join(SAMPLE_COLUMNS), *lines]), step)
 
     def dump_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Write `rollouts/step_000012.jsonl`, one rollout a line, unless tracking.dump_rollouts is off."""
-        if not self._config.tracking.dump_rollouts:
-            return
-        path = self._rollouts / f"step_{step:06d}.jsonl"
-        with path.open("w") as file:
-            for group in groups:
-                for rollout in group.rollouts:
-                    file.write(json.dumps(rollout.to_json(), ensure_ascii=False) + "\n")
+        """Write the step's files in rollouts/ (`rollout.dump`), unless tracking.dump_rollouts is off."""
+        if self._config.tracking.dump_rollouts:
+            self._rollouts.write(step, groups, routed_experts=self._config.tracking.dump_routed_experts)
 
     def close(self, failed: bool = False) -> None:
         """Flush and close everything. `failed` marks the wandb run so. May be called twice."""
@@ -129,9 +128,6 @@ def _forget_from(directory: Path, first_step: int) -> None:
             beside = path.with_suffix(".tmp")
             beside.write_text("".join(kept))
             beside.rename(path)
-    for dump in (directory / "rollouts").glob("step_*.jsonl"):
-        if int(dump.stem.removeprefix("step_")) >= first_step:
-            dump.unlink()
     # Numbered by the steps that were done, as checkpoints are.
     for results in (directory / "evaluation").glob("*/step_*.jsonl"):
         if int(results.stem.removeprefix("step_")) > first_step:

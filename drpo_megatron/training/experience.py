@@ -1,4 +1,6 @@
-"""What rank 0 alone holds: prompts, the rollout servers, the producer of groups, the verifiers, and the weight sync."""
+"""What rank 0 alone holds: prompts, the rollout servers, the producer of groups, the verifiers, and the weight sync.
+`replay.Replay` stands in for it where a former run's rollouts are trained.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from transformers import AutoTokenizer
@@ -94,11 +96,12 @@ class Experience:
         """Wait for the servers. Raises ServerStartError when one does not come up."""
         self.fleet.wait_all()
 
-    def generate(self) -> Literal["", "stopped", "no server"]:
-        """Wait for the groups of a step, sampled and scored; returns why there are none. Nothing is lost then.
+    def generate(self, step: int) -> Literal["", "stopped", "no server"]:
+        """Wait for the groups of the next step, sampled and scored; returns why there are none. Nothing is lost then.
 
         Raises GenerationError when living servers keep failing.
         """
+        self._evaluation_metrics = {}
         try:
             groups = self.producer.take(self._stopped)
         except ServerDied as death:
@@ -112,6 +115,14 @@ class Experience:
     def go_on(self) -> None:
         """The servers generate with the weights of the last push: sample for the next step."""
         self.producer.synced(self._version)
+
+    def admit_untrained(self) -> None:
+        """Let the servers sample with the weights that they started with, version 0, where nobody pushes others. Waits
+        for one when none is up. Raises ServerGaveUp when no server is left for good.
+        """
+        self.fleet.wait_any(self._stopped)
+        self.fleet.admit(self.fleet.up(), 0)
+        self.go_on()
 
     def take_groups(self) -> list[RolloutGroup]:
         """The groups of the last complete `generate`."""
@@ -130,10 +141,15 @@ class Experience:
         self._evaluation_metrics = metrics
         return ""
 
-    def take_evaluation(self) -> Metrics:
-        """Of the last complete `evaluate`, once; empty where there was none since."""
-        metrics, self._evaluation_metrics = self._evaluation_metrics, {}
-        return metrics
+    @property
+    def metrics(self) -> Metrics:
+        return self.sync_metrics | self.producer.metrics | self._evaluation_metrics
+
+    def state(self) -> Any:
+        return self.producer.state()
+
+    def restore(self, state: Any) -> None:
+        self.producer.restore(state)
 
     def before_sync(self) -> None:
         """Wait until the weights may change, as the schedule wants it."""

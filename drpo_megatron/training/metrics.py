@@ -22,7 +22,7 @@ def step_metrics(
     results_by_rank: Sequence[Sequence[UpdateResult]],
     *,
     verb_seconds: Mapping[str, float],
-    sync: Metrics,
+    of_source: Metrics,
     skipped_updates: int,
     peak_memory_bytes: int,
     peak_flops_per_s: float | None,
@@ -46,12 +46,15 @@ def step_metrics(
     last = results_by_rank[0][-1]
     metrics |= {"grad_norm": last.grad_norm, "lr": last.learning_rate, "train/skipped_updates": float(skipped_updates)}
     performance = _performance(config, groups, results_by_rank[0], verb_seconds)
+    if config.rollout.from_dump is not None:
+        del performance["perf/generate_tokens_per_s"]  # nothing is sampled
     performance["perf/mfu"] = performance["perf/tflops_per_gpu"] * 1e12 / (peak_flops_per_s or math.nan)
     metrics["loss/tail_bound"] = max(result.tail_bound for results in results_by_rank for result in results)
-    return metrics | _rollout_metrics(groups) | performance | {"memory/peak_gb": peak_memory_bytes / 1e9} | sync
+    return metrics | rollout_metrics(groups) | performance | {"memory/peak_gb": peak_memory_bytes / 1e9} | of_source
 
 
-def _rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
+    """What does not depend on the trainer."""
     rollouts = [r for g in groups for r in g.rollouts]
     rewards = [r.reward for r in rollouts]
     lengths = [len(r.response_ids) for r in rollouts]

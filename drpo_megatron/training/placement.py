@@ -55,7 +55,7 @@ class Placement(Protocol):
 
 def placement_of(config: RunConfig, experience: Experience | None) -> Placement:
     """`experience` is rank 0's; None on the other ranks."""
-    if config.rollout.placement == "colocated":
+    if config.rollout.placement == "colocated" and config.rollout.from_dump is None:
         return Colocated(experience, config.sync.timeout_s)
     return Disaggregated(experience)
 

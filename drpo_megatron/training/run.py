@@ -26,6 +26,7 @@ from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, groups_of_updates, train_sequences
 from drpo_megatron.training.placement import placement_of
 from drpo_megatron.training.probe import SyncProbe
+from drpo_megatron.training.replay import ExperienceSource, Replay
 from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.training.stop import StopRequested, StopSignal
 from drpo_megatron.training.trained_tokens import note_trained_tokens
@@ -37,9 +38,10 @@ log = logging.getLogger(__name__)
 class Run:
     """Context manager: entering starts the server (rank 0) and builds the policy; leaving stops everything it started.
 
-    Every verb is collective: all ranks call it. Groups exist on rank 0 only; the other ranks hold empty lists of them.
-    `version` counts the updates that were applied to the weights; the server's tokens carry the version that sampled
-    them. `first_step`: the steps that the checkpoint has which this run goes on from.
+    source: rank 0's, of groups; experience: the same where servers sample them, None in a replay. Every verb is
+    collective: all ranks call it. Groups exist on rank 0 only; the other ranks hold empty lists of them. `version`
+    counts the updates that were applied to the weights; the server's tokens carry the version that sampled them.
+    `first_step`: the steps that the checkpoint has which this run goes on from.
     """
 
     def __init__(self, config: RunConfig, terminal: TextIO | None, watchdog: Watchdog, stop: StopSignal) -> None:
@@ -60,16 +62,20 @@ class Run:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as started:
             self.experience: Experience | None = None
+            self.source: ExperienceSource | None = None
             if dist.get_rank() == 0:
-                self.experience = started.enter_context(Experience(self.config, self.stop.is_set))
-                self.watchdog.server_states = self.experience.server_states
+                if self.config.rollout.from_dump is None:
+                    self.source = self.experience = started.enter_context(Experience(self.config, self.stop.is_set))
+                else:
+                    self.source = started.enter_context(Replay(self.config))
+                self.watchdog.server_states = self.source.server_states
             self.placement = placement_of(self.config, self.experience)
             self.policy = self.placement.start(lambda: Policy(self.config))
             leave_alone_what_stays()
             started.callback(self.saver.close)
             if self.config.save.resume:
                 self._resume()
-            if self.experience:
+            if self.source:
                 self.tracker = started.enter_context(Tracker(self.config, self.first_step))
                 self.progress = started.enter_context(progress_display(self.config, self.terminal))
             self.probe = SyncProbe(self.config, self.policy.hf.vocab_size)
@@ -86,8 +92,8 @@ class Run:
         """Go on from the newest good checkpoint; start anew when there is none."""
         if resumed := self.saver.resume(self.policy):
             self.first_step, self.version = resumed.manifest.step, resumed.manifest.version
-            if self.experience and resumed.driver is not None:
-                self.experience.producer.restore(resumed.driver)
+            if self.source and resumed.driver is not None:
+                self.source.restore(resumed.driver)
 
     def begin(self, step: int) -> None:
         self.step = self.watchdog.step = step
@@ -103,17 +109,17 @@ class Run:
         """
         with self.timer("generate"):
             self.placement.for_generation()
-            while outcome := from_rank_0(self.experience.generate() if self.experience else None):
+            while outcome := from_rank_0(self.source.generate(self.step) if self.source else None):
                 if outcome == "stopped":
                     self._save_and_stop(self.step)
                 self._push_weights()
                 self.placement.for_generation()
-        return self.experience.take_groups() if self.experience else []
+        return self.source.take_groups() if self.source else []
 
     def advantages(self, groups: list[RolloutGroup]) -> None:
         """Set the advantage of every rollout from the rewards of its group."""
         with self.timer("advantages"):
-            if self.experience:
+            if self.source:
                 values = compute_advantages(self.config.algorithm.advantage, [g.rewards for g in groups])
                 for group, of_group in zip(groups, values, strict=True):
                     for rollout, advantage in zip(group.rollouts, of_group, strict=True):
@@ -146,13 +152,15 @@ class Run:
         if config.fp8.recipe is None or self._audited:
             return
         found = audit.audit_trainer(self.policy.modules, hf, Selection.of(config.fp8, hf.num_layers))
-        if self.experience:
+        if self.source:
             audit.record(config.run_directory, "trainer", found)
         self._audited = True
 
     def sync(self) -> None:
-        """Bring the servers' weights to this version, and verify them."""
+        """Bring the servers' weights to this version, and verify them; a replay has no servers."""
         with self.timer("sync"):
+            if self.config.rollout.from_dump is not None:
+                return
             if self.experience:
                 self.experience.before_sync()
             self._push_weights()
@@ -191,10 +199,10 @@ class Run:
 
     def evaluate(self) -> None:
         """In steps that `evaluation.every` names and after the last: let the servers, which hold this step's weights,
-        answer the sets. A run that is told to stop does not finish it.
+        answer the sets; a replay has none. A run that is told to stop does not finish it.
         """
         every, done = self.config.evaluation.every, self.step + 1
-        if every is None or (done % every and done < self.config.training.steps):
+        if self.config.rollout.from_dump is not None or every is None or (done % every and done < self.config.training.steps):
             return
         with self.timer("evaluate"):
             self.placement.for_probe()
@@ -206,9 +214,9 @@ class Run:
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""
         gathered: list[list[UpdateResult]] = [[] for _ in range(dist.get_world_size())]
-        is_driver = self.experience is not None
+        is_driver = self.source is not None
         dist.gather_object(results, gathered if is_driver else None, dst=0, group=control_group())
-        if not self.experience:
+        if not self.source:
             return
         if self.config.tracking.dump_rollouts:
             note_trained_tokens(groups, gathered)
@@ -217,12 +225,11 @@ class Run:
             groups,
             gathered,
             verb_seconds=self.timer.seconds(),
-            sync=self.experience.sync_metrics | self.experience.producer.metrics | self.save_metrics,
+            of_source=self.source.metrics | self.save_metrics,
             skipped_updates=self.policy.guard.skipped_total,
             peak_memory_bytes=peak_memory_bytes(),
             peak_flops_per_s=peak_flops_per_s(),
         )
-        metrics |= self.experience.take_evaluation()
         looks = [result.fp8 for of_rank in gathered for result in of_rank if result.fp8]
         if looks:
             tensors, of_fp8 = self.health.add(looks)
@@ -251,7 +258,7 @@ class Run:
 
     def _save(self, steps_done: int) -> None:
         self.placement.for_training()
-        driver = self.experience.producer.state() if self.experience else None
+        driver = self.source.state() if self.source else None
         self.saver.save(self.policy, steps_done, self.version, driver, self.last_metrics)
 
     def _save_and_stop(self, steps_done: int) -> NoReturn:

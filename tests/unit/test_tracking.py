@@ -41,7 +41,13 @@ METRICS = {
 
 
 def run_config(directory: Path, **tracking: Any) -> RunConfig:
-    return RunConfig.model_validate(MINIMAL | {"tracking": {"directory": str(directory), "wandb": False, **tracking}})
+    model = directory / "model"
+    model.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    return RunConfig.model_validate(
+        MINIMAL | {"model": {"path": str(model)}, "tracking": {"directory": str(directory), "wandb": False, **tracking}}
+    )
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_a_resumed_run_forgets_what_it_does_again(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "test" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["reward/mean"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 9.0)]
     dumps = sorted(path.name for path in (tmp_path / "test" / "rollouts").iterdir())
-    assert dumps == ["step_000000.jsonl", "step_000001.jsonl"]
+    assert dumps == ["about.json", "step_000000.jsonl", "step_000001.jsonl"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
