@@ -75,7 +75,7 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def _read(dump: Path) -> list[dict[str, Any]]:
     rollouts = []
-    for number, line in enumerate(dump.read_text().splitlines(), start=1):
+    for number, line in enumerate(dump.read_text().removesuffix("\n").split("\n"), start=1):
         try:
             rollouts.append(json.loads(line))
         except ValueError as error:

@@ -202,7 +202,11 @@ class Run:
         answer the sets; a replay has none. A run that is told to stop does not finish it.
         """
         every, done = self.config.evaluation.every, self.step + 1
-        if self.config.rollout.from_dump is not None or every is None or (done % every and done < self.config.training.steps):
+        if (
+            self.config.rollout.from_dump is not None
+            or every is None
+            or (done % every and done < self.config.training.steps)
+        ):
             return
         with self.timer("evaluate"):
             self.placement.for_probe()
