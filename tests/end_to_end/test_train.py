@@ -127,7 +127,7 @@ def check_view(run: Path) -> None:
 
 
 def check_profile(directory: Path, step: int) -> None:
-    """A trace of every verb on each rank, that holds the verb and, of training, its matrix products; and a summary."""
+    """A trace of every verb on each rank, that holds the verb and its matrix products; and a summary."""
     verbs = {"generate", "advantages", "pack", "train", "train_2", "sync", "save"}
     for rank in (0, 1):
         stem = f"step_{step:06d}_rank_{rank}"
@@ -136,7 +136,7 @@ def check_profile(directory: Path, step: int) -> None:
             events = json.loads((directory / f"{stem}_{verb}.json").read_text())["traceEvents"]
             names = {event.get("name") for event in events}
             assert verb.removesuffix("_2") in names
-            assert ("aten::mm" in names) == verb.startswith("train"), verb
+            assert ("aten::mm" in names) == verb.startswith(("train", "sync")), verb  # the probe after a sync
         summary = (directory / f"{stem}.txt").read_text()
         first, operations = summary.split("operations on the CPU", 1)
         assert f"step {step}, rank {rank}" in first and all(f"\n{verb} " in first for verb in verbs - {"train_2"})
