@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.rollout_checks import port_problems
 from drpo_megatron.doctor import FAIL, OK, SKIPPED, Finding
 from drpo_megatron.platform.ports import free_port
@@ -35,6 +36,8 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield disk(directory, disk_needed(config) if config else _LEAST_DISK)
     if config and config.save.every and config.save.directory:
         yield disk(config.save.directory, checkpoint_bytes(config), name="checkpoints")
+    if config and config.sync.directory:
+        yield disk(config.sync.directory, _parameters(config) * _parameter_bytes(config), name="sync directory")
     yield shared_memory(config)
     yield clock()
     yield open_files(config)
@@ -116,14 +119,17 @@ def _parameter_bytes(config: RunConfig) -> int:
 
 
 def _parameters(config: RunConfig) -> int:
-    """Of the whole model; 0 while a recipe has not made it."""
+    """Of the whole model; 0 while a recipe has not made it. Raises ConfigError for a model that cannot be read."""
     from drpo_megatron.models.hf_config import HFModelConfig
     from drpo_megatron.plan.parameters import rank_parameters, stages_of
     from drpo_megatron.platform.layout import ParallelLayout
 
     if not (config.model.path / "config.json").exists():
         return 0
-    hf, alone = HFModelConfig.load(config.model.path), ParallelLayout()
+    try:
+        hf, alone = HFModelConfig.load(config.model.path), ParallelLayout()
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path: {error}"]) from error
     return sum(rank_parameters(hf, alone, stages_of(hf, alone)[0]).values())
 
 

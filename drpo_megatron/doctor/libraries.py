@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 
 from drpo_megatron import platform
+from drpo_megatron.config import ConfigError
 from drpo_megatron.config.fp8_checks import machine_problems
 from drpo_megatron.doctor import FAIL, OK, SKIPPED, Finding
 from launch.preflight import count_gpus
@@ -104,8 +105,14 @@ def gpus(config: RunConfig | None) -> Finding:
 
 
 def devices_needed(config: RunConfig) -> int:
-    """Of this host, when it runs all ranks, and the servers that are not elsewhere."""
-    server, ranks = config.rollout.server, config.layout.world_size
+    """Of this host, when it runs all ranks, and the servers that are not elsewhere. Raises ConfigError for a layout
+    that cannot be.
+    """
+    try:
+        ranks = config.layout.world_size
+    except ValueError as error:
+        raise ConfigError([f"parallel: {error}"]) from error
+    server = config.rollout.server
     servers = 0 if server.addresses else server.count * server.tensor_parallel
     return max(ranks, servers) if config.rollout.placement == "colocated" else ranks + servers
 

@@ -14,12 +14,9 @@ HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Environment of a process with large tensors in host memory: torch asks for huge pages, where the kernel gives them on
 request, and passes over memory take about a tenth less time. torch reads it once, at its first tensor."""
 
-KEEP_FREED_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296"}
-"""Environment of a process that makes and drops large tensors in host memory all the time, such as weight buckets: the
-C library keeps what is freed, where the kernel would give the next one new pages, zeroed one by one."""
-
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec only the call itself is safe
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def die_with_parent() -> None:
@@ -41,6 +38,19 @@ def stop_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def keep_freed_memory() -> None:
+    """For a process that makes and drops large tensors in host memory all the time, such as weight buckets: the C
+    library keeps what is freed, where the kernel would give the next one new pages, zeroed one by one. Forks inherit
+    it.
+
+    A call, and not GLIBC_TUNABLES: with that in the environment the loader moves it, and setproctitle, by which SGLang
+    names its workers, does nothing.
+    """
+    if hasattr(_LIBC, "mallopt"):  # a C library without the call only loses time
+        _LIBC.mallopt(_M_MMAP_MAX, 0)
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @dataclass(frozen=True)

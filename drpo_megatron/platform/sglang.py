@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from drpo_megatron import platform
-from drpo_megatron.platform.process import KEEP_FREED_MEMORY
 from drpo_megatron.platform.sglang_cpu import EMULATE_FP8
 
 _CPU_ARGS: dict[str, Any] = {
@@ -77,7 +76,6 @@ def sglang_launch_command(
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[d] if names else str(d) for d in devices)
         saver = ["--enable-memory-saver"] if colocated else []
         return [sys.executable, "-m", "sglang.launch_server", *args, *saver], env
-    env = KEEP_FREED_MEMORY | env
     env["OMP_NUM_THREADS"] = str(threads)
     env["SGLANG_USE_CPU_ENGINE"] = "1"
     if emulate_fp8:

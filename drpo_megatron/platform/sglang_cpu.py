@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from drpo_megatron.platform.process import keep_freed_memory
+
 EMULATE_FP8 = "DRPO_EMULATE_FP8"
 """Environment variable with which the server computes FP8 models: see `platform.sglang_cpu_fp8`."""
 
@@ -125,6 +127,7 @@ def fork_workers() -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     install_stand_ins()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args

@@ -5,6 +5,7 @@ The tests share the fleet and run in the order of this file; each leaves it whol
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from drpo_megatron.rollout.fleet import Fleet
 from drpo_megatron.rollout.member import Member, State
 from drpo_megatron.rollout.router import Router
 from drpo_megatron.rollout.server import ExternalServer, SGLangServer
+from drpo_megatron.rollout.status_file import NAME, StatusFile
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 from tests import tiny_models
@@ -49,6 +51,7 @@ class Setup:
     driver: RolloutDriver
     weights: WeightSync
     model: PreTrainedModel
+    weights_path: Path
     version: int = 0
 
     def push(self) -> None:
@@ -108,12 +111,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         ],
         Router(config.router, log / "router.log", key),
         key,
+        StatusFile(path / NAME),
     )
     layout = ServerLayout.from_config(path, 1, torch.float32)
     weights = WeightSync(SyncConfig(bucket_mb=0.05, timeout_s=20), layout, path, path / "sync", key)
     with fleet:
         fleet.wait_all()
-        made = Setup(fleet, RolloutDriver(config, fleet, AutoTokenizer.from_pretrained(path)), weights, model)
+        made = Setup(fleet, RolloutDriver(config, fleet, AutoTokenizer.from_pretrained(path)), weights, model, path)
         made.push()
         yield made
         weights.close(servers_alive=False)
@@ -147,6 +151,33 @@ def test_both_serve_the_pushed_weights(setup: Setup) -> None:
         assert counts["last_gen_throughput"] > 0, "the router must use both"
     assert [m.state for m in setup.fleet._members] == [State.SERVING] * 2
     assert "serving, weight version 1, 0 restarts" in setup.fleet.table()[0]
+
+
+def test_their_load_is_seen_from_outside(setup: Setup) -> None:
+    admins = [ServerAdmin(url, setup.fleet.api_key) for url in setup.fleet.up()]
+    seen: list[list[tuple[int, int]]] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            seen.append([admin.load(20) for admin in admins])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    setup.driver.generate(PROMPTS)
+    ended.set()
+    looking.join()
+    assert all(max(running for running, _ in of_server) > 0 for of_server in zip(*seen, strict=True)), seen
+
+    def rows() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = json.loads((setup.weights_path / NAME).read_text())["servers"]
+        return found
+
+    # After a check, at most five seconds later, the file says that nothing runs.
+    wait_for(lambda: all(row["running"] == row["waiting"] == 0 for row in rows()), setup.fleet)
+    assert [(row["name"], row["state"], row["version"]) for row in rows()] == [
+        (f"server-{i}", "serving", setup.version) for i in range(2)
+    ]
 
 
 def test_without_the_key_nothing_is_answered(setup: Setup) -> None:

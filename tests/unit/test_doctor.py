@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from drpo_megatron import cli, doctor, platform
-from drpo_megatron.config import load_config
+from drpo_megatron.config import ConfigError, load_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.doctor import FAIL, OK, SKIPPED, Finding, host, libraries
 from drpo_megatron.models.recipes import ensure_model
@@ -66,7 +66,10 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.checkpoint_bytes(config_of(model={"path": str(model)})) == 0
     assert host.disk_needed(saves) == 10**9, "the least"
     monkeypatch.setattr(os, "statvfs", statvfs(10**8))
-    fails(host.disk(tmp_path, host.disk_needed(saves)), "0.1 GB are free", "= 1:", "free some")
+    (model / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.path: "):
+        host.checkpoint_bytes(saves)
+    fails(host.disk(tmp_path, 10**9), "0.1 GB are free", "= 1:", "free some")
 
 
 def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +147,8 @@ def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel = {"data": 2}
     fails(libraries.gpus(config_of(parallel=parallel)), "needs 3", "can use 2", "colocated")
     assert libraries.devices_needed(config_of()) == 2
+    with pytest.raises(ConfigError, match="sequence_parallel"):
+        libraries.gpus(config_of(parallel={"sequence_parallel": True}))
     colocated = MINIMAL["rollout"] | {"placement": "colocated"}
     assert libraries.devices_needed(config_of(rollout=colocated, parallel=parallel)) == 2
 
