@@ -281,7 +281,11 @@ function drawCurves() {
 
 function drawTimes() {
   const verbs = [...new Set(RUNS.flatMap(run => run.times.verbs))];
-  byId("time-keys").replaceChildren(...verbs.map((verb, i) => make("span", {}, swatch(colour(i)), verb)));
+  byId("time-keys").replaceChildren(...verbs.map((verb, i) => {
+    const square = make("span", { class: "square", "aria-hidden": "true" });
+    square.style.background = colour(i);
+    return make("span", {}, square, verb);
+  }));
   byId("time-note").textContent = "Seconds of each step, verb on verb, on one scale for all runs; a bar is the mean of several steps where a run has many.";
   const total = bar => bar[2].reduce((a, b) => a + (b || 0), 0);
   const highest = RUNS.flatMap(run => run.times.bars.map(total)).reduce((a, b) => Math.max(a, b), 0);
