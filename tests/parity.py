@@ -163,6 +163,7 @@ def make_updates(model: torch.nn.Module, hf: HFModelConfig) -> Updates:
                         advantage=float(rng.uniform(0.5, 1.5)) * (-1 if group == 3 and sample else 1),
                         weight=1 / (8 * response),
                         prompt_length=len(prompt_ids),
+                        row=len(sequences),
                         routed_experts_PLK=experts,
                     )
                 )
@@ -220,8 +221,11 @@ def _outcome(config: RunConfig, updates: Updates) -> Outcome:
         result = policy.update(sequences, version)
         assert result.applied
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, result.stats)
-        stats = TokenStats.cat([s for s in everyone if s is not None])
+        dist.all_gather_object(everyone, (result.stats, result.places_2N))
+        stats = TokenStats.cat([s for s, _ in everyone if s is not None])
+        places_2N = torch.cat([places for _, places in everyone if places is not None], dim=1)
+        logmu_N = [float(sequences[row].logmu_L[index]) for row, index in places_2N.T.tolist()]
+        assert stats.logmu_N.tolist() == logmu_N, "tokens are not at their places"
         order_N = torch.argsort(stats.logmu_N)
         assert len(order_N) == sum(int(s.sampled_L.sum()) for s in sequences)
         losses.append(float(stats.objective_N[order_N].double().sum()))

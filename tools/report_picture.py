@@ -16,14 +16,13 @@ from drpo_megatron.report.page import write_report
 from tests.browser import KEYS, Browser, unpack_chromium
 
 OUT = Path(__file__).parents[1] / "docs" / "report.png"
-WIDTH, HEIGHT = 1280, 660
-_SHOW = """document.getElementById(arguments[0]).scrollIntoView();
-    if (arguments[0] === "samples") {
-      const colour = document.querySelector('#filters [name="colour"]');
-      colour.value = "weight";
-      document.querySelector('#filters [name="step_min"]').value = 8;
-      colour.dispatchEvent(new Event("input", { bubbles: true }));
-    }"""
+WIDTH, HEIGHT = 1280, 1700
+_FILTER = """for (const [name, value] of Object.entries(arguments[0])) filters.elements[name].value = value;
+    filters.dispatchEvent(new Event("input")); document.activeElement.blur()"""
+# Some of everything: a page is longer than a picture should be.
+_SHORTEN = """const charts = "#curve-charts figure:nth-child(n + 7)", samples = "article:nth-child(n + 4)";
+    const leftOut = `#bands, #staleness, #settings, ${charts}, ${samples}`;
+    for (const element of document.querySelectorAll(leftOut)) element.hidden = true"""
 
 
 def main() -> None:
@@ -36,15 +35,10 @@ def main() -> None:
         with Browser(unpack_chromium(home / "packages"), home / "browser") as browser:
             browser.open(home / "page.html", width=WIDTH, height=HEIGHT)
             browser.type("#curve-charts svg[tabindex]", KEYS["End"])
-            shots = []
-            for section in ("curves", "times", "samples"):
-                browser.run(_SHOW, section)
-                browser.screenshot(home / f"{section}.png")
-                shots.append(Image.open(home / f"{section}.png").convert("RGB"))
-        picture = Image.new("RGB", (WIDTH, HEIGHT * len(shots)))
-        for i, shot in enumerate(shots):
-            picture.paste(shot, (0, i * HEIGHT))
-        picture.quantize(64).save(OUT, optimize=True)
+            browser.run(_FILTER, {"colour": "weight", "step_min": 14, "reward_min": 0.25, "reward_max": 0.5})
+            browser.run(_SHORTEN)
+            browser.screenshot(home / "page.png")
+        Image.open(home / "page.png").convert("RGB").quantize(200).save(OUT, optimize=True)
 
 
 if __name__ == "__main__":

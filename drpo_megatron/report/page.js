@@ -78,17 +78,18 @@ const readers = [];
 
 function frame(parent, title, unit, label) {
   const picture = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: "0", "aria-label": label });
-  const readout = make("div", { class: "readout", "aria-live": "polite" });
+  const readout = make("div", { class: "readout", "aria-live": "off" });
+  picture.onfocus = () => readout.setAttribute("aria-live", "polite"); // the others change too, and would all be read out
+  picture.onblur = () => readout.setAttribute("aria-live", "off");
   const caption = make("figcaption", {}, title, make("small", { class: "note" }, unit));
   parent.append(make("figure", {}, caption, picture, readout));
   return { picture, readout };
 }
 
-function readable(chart, steps, read, readAll) {
-  const all = readAll || read;
+function readable(chart, steps, read) {
   chart.picture.onpointermove = event => {
     const box = chart.picture.getBoundingClientRect();
-    all(nearest(steps(), chart.x.invert(((event.clientX - box.left) / box.width) * WIDTH)));
+    read(nearest(steps(), chart.x.invert(((event.clientX - box.left) / box.width) * WIDTH)));
   };
   chart.picture.onkeydown = event => {
     const known = steps();
@@ -99,7 +100,7 @@ function readable(chart, steps, read, readAll) {
     else if (event.key === "End") at = known.length - 1;
     else return;
     event.preventDefault();
-    all(known[at]);
+    read(known[at]);
   };
 }
 
@@ -142,15 +143,12 @@ function seriesOf(spec) {
 }
 
 function pathOf(steps, values, x, y, log) {
-  let path = "", pen = "M";
-  values.forEach((value, i) => {
-    if (value === null || (log && value <= 0)) { pen = "M"; return; }
-    path += `${pen}${x(steps[i]).toFixed(1)} ${y(log ? Math.log10(value) : value).toFixed(1)}`;
-    pen = "L";
-    const last = i + 1 === values.length || values[i + 1] === null || (log && values[i + 1] <= 0);
-    if (path.endsWith(`M${x(steps[i]).toFixed(1)} ${y(log ? Math.log10(value) : value).toFixed(1)}`) && last) path += "h.1";
-  });
-  return path;
+  const drawn = i => values[i] !== undefined && values[i] !== null && !(log && values[i] <= 0);
+  return values.map((value, i) => {
+    if (!drawn(i)) return "";
+    const at = `${x(steps[i]).toFixed(1)} ${y(log ? Math.log10(value) : value).toFixed(1)}`;
+    return drawn(i - 1) ? `L${at}` : drawn(i + 1) ? `M${at}` : `M${at}h.1`; // a value alone is a dot
+  }).join("");
 }
 
 function bandPath(series, x, y, log) {
@@ -205,7 +203,9 @@ function lineChart(parent, spec) {
     if (chart.step !== null) chart.read(chart.step);
     else tell("last", s => [s.line, ...s.band].map(curve => curve.values[curve.values.length - 1]));
   };
-  const at = (series, step) => [series.line, ...series.band].map(curve => curve.values[curve.steps.indexOf(step)] ?? null);
+  // Of a curve with points left out, the nearest that there is.
+  const at = (series, step) => [series.line, ...series.band].map(({ steps, values }) =>
+    step < steps[0] || step > steps[steps.length - 1] ? null : values[steps.indexOf(nearest(steps, step))]);
   chart.read = step => {
     if (!shown.length) return;
     cursor(chart, step);
@@ -222,7 +222,7 @@ function lineChart(parent, spec) {
     chart.readout.replaceChildren(make("span", {}, `${text} `), ...parts);
   };
   const steps = () => [...new Set(shown.flatMap(s => s.line.steps))].sort((a, b) => a - b);
-  readable(chart, steps, chart.read, step => readers.forEach(reader => reader.read(step)));
+  readable(chart, steps, step => readers.forEach(reader => reader.read(step)));
   readers.push(chart);
   draw();
   redraws.push(draw);
@@ -281,7 +281,11 @@ function drawCurves() {
 
 function drawTimes() {
   const verbs = [...new Set(RUNS.flatMap(run => run.times.verbs))];
-  byId("time-keys").replaceChildren(...verbs.map((verb, i) => make("span", {}, swatch(colour(i)), verb)));
+  byId("time-keys").replaceChildren(...verbs.map((verb, i) => {
+    const square = make("span", { class: "square", "aria-hidden": "true" });
+    square.style.background = colour(i);
+    return make("span", {}, square, verb);
+  }));
   byId("time-note").textContent = "Seconds of each step, verb on verb, on one scale for all runs; a bar is the mean of several steps where a run has many.";
   const total = bar => bar[2].reduce((a, b) => a + (b || 0), 0);
   const highest = RUNS.flatMap(run => run.times.bars.map(total)).reduce((a, b) => Math.max(a, b), 0);

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def test_training_survives_a_dead_server(tmp_path: Path) -> None:
         assert set(before.keys()) == set(after.keys())
         assert any((before.get_tensor(n) != after.get_tensor(n)).any() for n in before.keys())  # noqa: SIM118
     assert list((tmp_path / "run" / "tb").iterdir())
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["torch"] == version("torch")
     assert str(tmp_path / "run") in output.splitlines()[-1]
     check_profile(tmp_path / "run" / "profile", step=3)
     check_view(tmp_path / "run")

@@ -66,7 +66,8 @@ def test_the_first_difference_of_random_runs(tmp_path: Path) -> None:
     """Against numpy: the first row in which a column is further away than the tolerance."""
     names = ["reward/mean", "loss/mean", "grad_norm"]
     for trial in range(20):
-        values = np.random.default_rng(trial).normal(0, 100, (8, 3))
+        # Noise of 1e-9 and 1e-3 is within 1e-6 for no value and for small ones too: those are taken as if they were 1.
+        values = np.random.default_rng(trial).normal(0, 100, (8, 3)) * np.array([1, 1e-4, 1e-2])
         noise = np.random.default_rng(trial + 100).choice([0, 1e-9, 1e-3], (8, 3), p=[0.8, 0.1, 0.1])
         for tolerance in (0.0, 1e-6):
             runs = []
@@ -173,8 +174,13 @@ def test_staleness_counts_trained_tokens(tmp_path: Path) -> None:
     rows = [metrics(0), metrics(1), metrics(2, **{"train/skipped_updates": 1.0}), metrics(3)]
     run = write_run(tmp_path / "run", rows, dumped=[2, 3])
     samples = take_samples(*read_runs([run]), limit=100)
-    # step 2 samples with version 4 at version 4; step 3 with version 6 (so it was written) at version 5
+    # Step 2 is sampled and first trained by version 4, step 3 is written as sampled by version 6 and trained by 5.
     assert samples.staleness == {-1: 8, 0: 8 + 8, 1: 8}
+    lines = [json.dumps(rollout(2, i, weight_versions=[4 - i // 2] * 3)) for i in range(8)]
+    (run / "rollouts" / "step_000002.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "rollouts" / "step_000003.jsonl").unlink()
+    # Each of the four groups is one version older than the one before, and every other one is trained one later.
+    assert take_samples(*read_runs([run]), limit=100).staleness == {0: 4, 2: 8, 4: 4}
 
 
 def test_pieces_of_text_are_the_text() -> None:
@@ -186,6 +192,12 @@ def test_pieces_of_text_are_the_text() -> None:
     assert pieces[:5] == ["a", " ", "", "ü", " "] and pieces[-4:] == ["", "", "", "🙂"]
     cut = split_text(lambda part: bytes(part).decode(errors="replace"), ids[:-1])
     assert "".join(cut) == text[:-1] + "\ufffd"
+
+
+def test_a_tokenizer_that_drops_the_first_space() -> None:
+    """As those of SentencePiece do, of whatever is decoded."""
+    words = [" one", " two", " three"]
+    assert split_text(lambda part: "".join(words[i] for i in part)[1:], [0, 1, 2]) == ["one", " two", " three"]
 
 
 # ---- the page
