@@ -11,7 +11,7 @@ from typing import Any
 
 from drpo_megatron.config import ConfigError, RunConfig, check_evaluation, load_config
 from drpo_megatron.config.load import section_of
-from drpo_megatron.config.schema import SyncConfig
+from drpo_megatron.config.schema import EvaluationSet, ReasoningGymData, RewardConfig, SyncConfig
 
 GYM = "reasoning_gym"
 GYM_SEED = 1_000_003  # far from what a run trains on
@@ -144,6 +144,23 @@ def _only_evaluation(config: RunConfig, parsed: argparse.Namespace) -> RunConfig
     options = {"samples": parsed.samples, "limit": parsed.limit}
     given = {key: value for key, value in options.items() if value is not None}
     sets = {name: chosen.model_copy(update=given) for name, chosen in config.evaluation.sets.items()}
+    if parsed.data:
+        sets = {name: _as_trained(config, chosen) for name, chosen in sets.items()}
     evaluation = config.evaluation.model_copy(update={"sets": sets})
     sync = SyncConfig(transport="disk", directory=Path())
     return config.model_copy(update={"rollout": rollout, "evaluation": evaluation, "sync": sync})
+
+
+def _as_trained(config: RunConfig, chosen: EvaluationSet) -> EvaluationSet:
+    """A reasoning-gym task of --data: its answers are found in a text as the run finds them, and its options are the
+    run's where it is the run's task.
+    """
+    source, trained = chosen.source, config.data.source
+    update: dict[str, Any] = {}
+    if not isinstance(source, ReasoningGymData):
+        return chosen
+    if config.reward.type == GYM and chosen.reward == RewardConfig(type=GYM):
+        update["reward"] = None
+    if isinstance(trained, ReasoningGymData) and trained.task == source.task and not source.options:
+        update["source"] = source.model_copy(update={"options": trained.options})
+    return chosen.model_copy(update=update)

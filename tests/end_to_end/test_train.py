@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.server, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LIMIT_S = 300
+DIGITS = "{source: {type: function, function: 'drpo_megatron.data.examples:repeat_digit', size: 6, seed: 9}}"
 
 
 def command(directory: Path, *overrides: str) -> list[str]:
@@ -157,10 +158,12 @@ def check_profile(directory: Path, step: int) -> None:
 
 def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:
     """Colocated, as it would be set for GPUs: bf16, sharded main weights, a server on each rank's device. Both servers
-    die and come back while the trainer waits for them in host memory.
+    die and come back while the trainer waits for them in host memory. An evaluation is one more turn of theirs.
     """
     overrides = (
         "training.steps=5",
+        "evaluation.every=2",
+        f"evaluation.sets.digits={DIGITS}",
         "rollout.prompts_per_step=8",
         "rollout.placement=colocated",
         "rollout.server.count=2",
@@ -184,6 +187,7 @@ def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:
     assert [s["step"] for s in steps] == [0, 1, 2, 3, 4]
     assert [s["sync/servers"] for s in steps] == [2] * 5
     assert steps[-1]["sync/server_restarts"] == 2
+    assert ["evaluation/digits/avg@1" in s for s in steps] == [False, True, False, True, True]
     for step in steps:
         # bf16 on both sides: a few units in the last place of a log-probability of some nats
         assert step["mismatch/abs_dlogp_mean"] < 0.05
@@ -268,8 +272,12 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["one_step_off", "asynchronous"])
 def test_ahead_of_training_with_two_servers(tmp_path: Path, schedule: str) -> None:
-    """One of the servers dies: training goes on with the other, no sample is lost or trained twice, none is too old."""
+    """One of the servers dies: training goes on with the other, no sample is lost or trained twice, none is too old.
+    Evaluations in between change nothing of that.
+    """
     overrides = [
+        "evaluation.every=4",
+        f"evaluation.sets.digits={DIGITS}",
         "training.steps=20",
         "rollout.server.count=2",
         f"rollout.schedule={schedule}",
@@ -294,6 +302,7 @@ def test_ahead_of_training_with_two_servers(tmp_path: Path, schedule: str) -> No
     assert not alive
     steps = metrics(tmp_path)
     assert len(steps) == 20 and steps[0]["sync/servers"] == 2 and min(s["sync/servers"] for s in steps) == 1
+    assert [s["step"] for s in steps if "evaluation/digits/avg@1" in s] == [3, 7, 11, 15, 19]
     # the second update of a batch is one more version away
     assert max(s["staleness/max"] for s in steps) == limit + 1
     trained = []

@@ -69,6 +69,13 @@ def test_a_configuration_has_its_own_sets(pristine: Path, tmp_path: Path) -> Non
     gym = asked(*base, "--data", "reasoning_gym:basic_arithmetic", "--limit", 7).evaluation.sets["basic_arithmetic"]
     assert isinstance(gym.source, ReasoningGymData) and gym.source.size == 7 and gym.reward is not None
     assert gym.source.seed != ReasoningGymData(task="basic_arithmetic").seed
+    smollm2 = (ROOT / "configs" / "smollm2-arithmetic.yaml", f"model.path={pristine}", "parallel.pipeline=1")
+    trained = asked(*smollm2, "--data", "reasoning_gym:basic_arithmetic", "--limit", 7)
+    own = trained.evaluation.sets["basic_arithmetic"]
+    assert own.reward is None and trained.reward.extract is not None
+    assert isinstance(own.source, ReasoningGymData) and own.source.options["operators"] == ["+"]
+    other = asked(*smollm2, "--data", "reasoning_gym:chain_sum", "--limit", 7).evaluation.sets["chain_sum"]
+    assert isinstance(other.source, ReasoningGymData) and other.source.options == {} and other.reward is None
     # a run's resolved configuration, as its ranks read it, is the same
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_config(config))
