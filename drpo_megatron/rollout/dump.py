@@ -130,7 +130,8 @@ class RolloutDump:
         """Raises DumpError naming the file and the line that is not a rollout."""
         path = self._path(step)
         try:
-            lines = path.read_text().splitlines()
+            with path.open() as file:
+                lines = list(file)  # splitlines would cut a text at its U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise DumpError(f"{path} cannot be read ({error}); take a dump that has this step") from error
         numbered = [_rollout(path, number, line) for number, line in enumerate(lines, start=1)]

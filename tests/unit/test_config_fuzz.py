@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
