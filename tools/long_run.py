@@ -194,7 +194,7 @@ def record(run: Path, recipe: str) -> list[str]:
     lines = [
         f"# {steps} steps of {recipe}",
         "",
-        f"What grows in a long run, after step {WARM_UP}, of {minutes:.0f} minutes; every process was looked at {count} "
+        f"What grows in a long run, after step {WARM_UP}, of {minutes:.0f} minutes; processes were looked at {count} "
         f"times. Python {platform.python_version()}, {packages}; two cores without a GPU, shared with other work. "
         "Written by `tools/long_run.py`.",
         "",

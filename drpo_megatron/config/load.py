@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import reprlib
 import types
@@ -45,7 +46,7 @@ def load_section[S: Section](schema: type[S], path: Path | str, overrides: Seque
             _apply_override(raw, override)
         except ConfigError as error:
             problems += error.problems
-    problems += _not_settings(raw)
+    problems += _not_settings(raw, "", (), itertools.count())
     if problems:
         raise ConfigError(problems)
     try:
@@ -61,6 +62,7 @@ def dump_config(config: RunConfig) -> str:
 
 _LONGEST_FILE = 2**20  # characters; PyYAML reads some 100,000 a second
 _DEEPEST = 50
+_MOST_VALUES = 10_000
 _SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlevel=3)
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
@@ -127,10 +129,14 @@ def _parse(text: str) -> Any:
         raise _NotYaml(_one_line(error)) from error
 
 
-def _not_settings(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[str]:
+def _not_settings(value: Any, path: str, above: tuple[int, ...], count: Iterator[int]) -> Iterator[str]:
     """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, keys that
     are no words, values without end.
+
+    above: the containers that hold `value`. count: of the values seen. Raises ConfigError at too many of them.
     """
+    if next(count) >= _MOST_VALUES:  # aliases of aliases double them without length
+        raise ConfigError([f"{path}: holds more than {_MOST_VALUES} values; a configuration has a few hundred"])
     if isinstance(value, str) and not _is_text(value):
         yield f"{path}: {_shown(value)} holds a character that files and terminals do not take; remove it"
     if not isinstance(value, dict | list):
@@ -146,7 +152,9 @@ def _not_settings(value: Any, path: str = "", above: tuple[int, ...] = ()) -> It
         if isinstance(value, dict) and not (isinstance(key, str) and _is_text(key)):
             yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
         else:
-            yield from _not_settings(child, f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path, within)
+            yield from _not_settings(
+                child, f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path, within, count
+            )
 
 
 def _is_text(word: str) -> bool:
