@@ -46,7 +46,7 @@ def load_section[S: Section](schema: type[S], path: Path | str, overrides: Seque
             _apply_override(raw, override)
         except ConfigError as error:
             problems += error.problems
-    problems += _not_settings(raw, "", (), itertools.count())
+    problems += _not_settings(raw, "", 0, itertools.count())
     if problems:
         raise ConfigError(problems)
     try:
@@ -129,32 +129,27 @@ def _parse(text: str) -> Any:
         raise _NotYaml(_one_line(error)) from error
 
 
-def _not_settings(value: Any, path: str, above: tuple[int, ...], count: Iterator[int]) -> Iterator[str]:
+def _not_settings(value: Any, path: str, depth: int, count: Iterator[int]) -> Iterator[str]:
     """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, keys that
-    are no words, values without end.
+    are no words, and more than anyone would write.
 
-    above: the containers that hold `value`. count: of the values seen. Raises ConfigError at too many of them.
+    count: of the values seen. Raises ConfigError at too many of them.
     """
-    if next(count) >= _MOST_VALUES:  # aliases of aliases double them without length
+    if next(count) >= _MOST_VALUES:  # aliases of aliases multiply them
         raise ConfigError([f"{path}: holds more than {_MOST_VALUES} values; a configuration has a few hundred"])
     if isinstance(value, str) and not _is_text(value):
         yield f"{path}: {_shown(value)} holds a character that files and terminals do not take; remove it"
-    if not isinstance(value, dict | list):
-        return
-    if id(value) in above:
-        yield f"{path}: contains itself; write it out"
-        return
-    if len(above) > _DEEPEST:
+    elif isinstance(value, dict | list) and depth > _DEEPEST:
         yield f"{path}: is nested more than {_DEEPEST} deep; correct the value"
-        return
-    within = (*above, id(value))
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(value, dict) and not (isinstance(key, str) and _is_text(key)):
-            yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
-        else:
-            yield from _not_settings(
-                child, f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path, within, count
-            )
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            if isinstance(key, str) and _is_text(key):
+                yield from _not_settings(child, f"{path}.{key}".lstrip("."), depth + 1, count)
+            else:
+                yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
+    elif isinstance(value, list):
+        for child in value:
+            yield from _not_settings(child, path, depth + 1, count)
 
 
 def _is_text(word: str) -> bool:
