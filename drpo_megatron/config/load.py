@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import reprlib
 import types
@@ -49,7 +50,7 @@ def section_of[S: Section](schema: type[S], raw: dict[str, Any], overrides: Sequ
             _apply_override(raw, override)
         except ConfigError as error:
             problems += error.problems
-    problems += _not_settings(raw)
+    problems += _not_settings(raw, "", 0, itertools.count())
     if problems:
         raise ConfigError(problems)
     try:
@@ -65,6 +66,7 @@ def dump_config(config: RunConfig) -> str:
 
 _LONGEST_FILE = 2**20  # characters; PyYAML reads some 100,000 a second
 _DEEPEST = 50
+_MOST_VALUES = 10_000
 _SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlevel=3)
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
@@ -131,26 +133,27 @@ def _parse(text: str) -> Any:
         raise _NotYaml(_one_line(error)) from error
 
 
-def _not_settings(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[str]:
+def _not_settings(value: Any, path: str, depth: int, count: Iterator[int]) -> Iterator[str]:
     """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, keys that
-    are no words, values without end.
+    are no words, and more than anyone would write.
+
+    count: of the values seen. Raises ConfigError at too many of them.
     """
+    if next(count) >= _MOST_VALUES:  # aliases of aliases multiply them
+        raise ConfigError([f"{path}: holds more than {_MOST_VALUES} values; a configuration has a few hundred"])
     if isinstance(value, str) and not _is_text(value):
         yield f"{path}: {_shown(value)} holds a character that files and terminals do not take; remove it"
-    if not isinstance(value, dict | list):
-        return
-    if id(value) in above:
-        yield f"{path}: contains itself; write it out"
-        return
-    if len(above) > _DEEPEST:
+    elif isinstance(value, dict | list) and depth > _DEEPEST:
         yield f"{path}: is nested more than {_DEEPEST} deep; correct the value"
-        return
-    within = (*above, id(value))
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(value, dict) and not (isinstance(key, str) and _is_text(key)):
-            yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
-        else:
-            yield from _not_settings(child, f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path, within)
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            if isinstance(key, str) and _is_text(key):
+                yield from _not_settings(child, f"{path}.{key}".lstrip("."), depth + 1, count)
+            else:
+                yield f"{path or _shown(key)}: has the key {_shown(key)}, and keys are words; put it into quotes"
+    elif isinstance(value, list):
+        for child in value:
+            yield from _not_settings(child, path, depth + 1, count)
 
 
 def _is_text(word: str) -> bool:

@@ -75,11 +75,12 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def _read(dump: Path) -> list[dict[str, Any]]:
     rollouts = []
-    for number, line in enumerate(dump.read_text().removesuffix("\n").split("\n"), start=1):
-        try:
-            rollouts.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{dump}:{number}: is not a rollout ({error}); remove the file") from error
+    with dump.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rollouts.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{dump}:{number}: is not a rollout ({error}); remove the file") from error
     return rollouts
 
 
@@ -87,17 +88,17 @@ def token_staleness(run: RunFiles, step: int, rollouts: Sequence[dict[str, Any]]
     """Weight versions between the sampling of a trained token and its training → tokens.
 
     The version counts applied updates, and update u of a step trains every U-th group from the u-th on, as
-    `Run.pack` divides them. Empty where the configuration, which says U and the size of a group, is missing. A skipped
-    update inside the step itself counts as if it had come last.
+    `Run.pack` divides them. Empty where the configuration, which says U, is missing. A skipped update inside the step
+    itself counts as if it had come last.
     """
     found: Counter[int] = Counter()
     if not run.config:
         return found
-    updates, of_group = run.config["training"]["updates_per_batch"], run.config["rollout"]["samples_per_prompt"]
+    updates = run.config["training"]["updates_per_batch"]
     skipped = {int(row["step"]): int(row["train/skipped_updates"]) for row in run.metrics}
     before = step * updates - skipped.get(step - 1, 0)
-    for index, rollout in enumerate(rollouts):
-        version = before + index // of_group % updates
+    for rollout in rollouts:
+        version = before + rollout["group"] % updates
         for sampled_at, trained in zip(rollout["weight_versions"], rollout["response_mask"], strict=True):
             if trained:
                 found[version - sampled_at] += 1

@@ -131,10 +131,13 @@ class RolloutDump:
         """Raises DumpError naming the file and the line that is not a rollout."""
         path = self._path(step)
         try:
-            lines = path.read_text().removesuffix("\n").split("\n")  # splitlines() also cuts at U+2028 in a text
+            with path.open() as file:
+                lines = list(file)  # splitlines would cut a text at its U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise DumpError(f"{path} cannot be read ({error}); take a dump that has this step") from error
         numbered = [_rollout(path, number, line) for number, line in enumerate(lines, start=1)]
+        if not numbered:
+            raise DumpError(f"{path} is empty; take another dump, or stop before this step")
         self._attach_experts(step, [rollout for _, rollout in numbered])
         by_group = itertools.groupby(numbered, key=lambda pair: pair[0])
         in_groups = [[rollout for _, rollout in pairs] for _, pairs in by_group]

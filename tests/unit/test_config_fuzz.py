@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,12 +20,13 @@ import yaml
 
 from drpo_megatron import cli
 from drpo_megatron.commands import EXIT_REFUSED
-from drpo_megatron.config import FieldHelp, field_help
+from drpo_megatron.config import ConfigError, FieldHelp, field_help, load_config
 from drpo_megatron.models.recipes import ensure_model
+from launch.local import describe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-MUTATIONS = int(__import__("os").environ.get("N", 2000))
-SEED = 20
+MUTATIONS = 2000
+SEED = int(os.environ.get("DRPO_FUZZ_SEED", "20"))
 
 Keys = tuple[Any, ...]
 
@@ -184,3 +187,74 @@ def test_the_bases_are_sound(bases: list[dict[str, Any]], tmp_path: Path, monkey
         (tmp_path / "base.yaml").write_text(yaml.dump(base))
         code, message = dry_run(tmp_path / "base.yaml")
         assert code == 0, f"{base['name']}: {message}"
+
+
+LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        pytest.param("name: a\nname: b\n", "name: given twice, in lines 1 and 2", id="repeated key"),
+        pytest.param(
+            "model: &m {path: *m}\n", "found unconstructable recursive node", id="alias inside its own mapping"
+        ),
+        pytest.param("rollout: &r [*r]\n", "found unconstructable recursive node", id="alias inside its own list"),
+        pytest.param(
+            f"a0: &a0 [x]\n{LAUGHS}\nname: *a29\n", "holds more than 10000 values", id="aliases of aliases of aliases"
+        ),
+        pytest.param("model:\n\tpath: x\n", "cannot start any token", id="tabs"),
+        pytest.param(b"\x7fELF\x02\x01\x01\0\xff\xfe", "is not UTF-8 text", id="binary"),
+        pytest.param("name: \0\n", "special characters are not allowed", id="NUL"),
+        pytest.param('name: "\\ud800"\n', "name: '\\ud800' holds a character", id="half a surrogate pair"),
+        pytest.param("x: y\n" * 2_000_000, "is longer than 1 MiB", id="10 MB"),
+        pytest.param("[" * 100_000, "it is nested too deeply", id="deep"),
+        pytest.param("training: " + "[" * 90 + "]" * 90, "training: is nested more than 50 deep", id="rather deep"),
+        pytest.param("training: {steps: 2024-99-99}\n", "month must be in 1..12", id="no date"),
+        pytest.param(f"training: {{steps: {'9' * 5000}}}\n", "is not valid YAML (Exceeds the limit", id="no number"),
+        pytest.param("? [a, b]\n: c\n", "keys are words", id="a list as a key"),
+        pytest.param("1: 2\n", "has the key 1, and keys are words", id="a number as a key"),
+        pytest.param("!!python/object/apply:os.getcwd []\n", "could not determine a constructor", id="a Python object"),
+        pytest.param("- a\n- b\n", "it must be a mapping of sections", id="a list"),
+        pytest.param("text\n", "it must be a mapping of sections", id="a word"),
+        pytest.param("", "it must be a mapping of sections", id="nothing"),
+        pytest.param("a: b\n---\nc: d\n", "expected a single document", id="two documents"),
+    ],
+)
+def test_unhappy_files(tmp_path: Path, content: str | bytes, says: str) -> None:
+    path = tmp_path / "mutant.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    began = time.monotonic()
+    code, message = dry_run(path)
+    assert code == EXIT_REFUSED and says in message and len(message) < 20_000
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.lr=.nan", "optimizer.lr: must be a finite number"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number"),
+        ("optimizer.betas=[.nan, 0.9]", "optimizer.betas.0: must be a finite number"),
+        ("name=..", "name: '..' does not match"),
+        (f"name={'x' * 300}", "name: string should have at most 200 characters"),
+        (f"model.path={'x' * 300}", "model.path: must be a path that file systems take"),
+        (f"tracking.directory={'x/' * 2000}", "tracking.directory: must be a path that file systems take"),
+        ("seed=4294967296", "seed: must be less than 2147483648"),
+        ("rollout.server.count=1000000000", "rollout.server.count: must be less than or equal to 256"),
+        ("training.steps=9223372036854775808", "training.steps: must fit into 64 bits"),
+        ("rollout.server.args={x: [", "rollout.server.args: the value '{x: [' is not valid YAML"),
+        ('rollout.server.args={"a\\0": 1}', "keys are words"),
+    ],
+)
+def test_values_that_no_run_can_take(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(CONFIGS[0].with_name("quickstart.yaml"), [override])
+    (problem,) = refused.value.problems
+    assert says in problem and len(problem) < 600
+
+
+def test_a_dry_run_of_many_ranks_is_short() -> None:
+    config = load_config(CONFIGS[0].with_name("quickstart.yaml"), ["parallel.data=1000000"])
+    lines = describe(config, config.layout, []).splitlines()
+    assert len(lines) < 1100 and any("more in the same order" in line for line in lines)
