@@ -50,6 +50,7 @@ def rollout(step: int, index: int, *, traps: bool = False, trained: bool = True,
     tokens = {"logp": [-1.0, -2.5, 0.0], "loss_weight": [1.5, -0.5, 0.0]} if trained else {}
     return (
         {
+            "group": index // 2,
             "prompt": {
                 "id": f"p{index // 2}",
                 "token_ids": [1, 2],

@@ -135,7 +135,8 @@ def test_settings_of_sets_are_checked(sums: Path) -> None:
 
 
 def test_results_of_steps_that_are_done_again_are_removed(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART, [f"tracking.directory={tmp_path}", "tracking.wandb=false"])
+    settings = ("tracking.wandb=false", "tracking.dump_rollouts=false")
+    config = load_config(QUICKSTART, [f"tracking.directory={tmp_path}", *settings])
     files = [results_path(config.run_directory, "a", done) for done in (4, 8)]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
