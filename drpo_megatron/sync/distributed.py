@@ -5,7 +5,7 @@ NCCL between devices, gloo without. One bucket is on the wire while the next is 
 
 from __future__ import annotations
 
-import itertools
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,6 @@ from drpo_megatron.rollout.errors import ServerRequestError
 from drpo_megatron.sync.buckets import Bucket, FlatBuffers
 from drpo_megatron.sync.receivers import Answers, Receivers
 from drpo_megatron.sync.transport import Deadline, weight_update
-
-_connections = itertools.count()  # a group name is used once in a process
 
 
 class DistributedTransport:
@@ -46,7 +44,8 @@ class DistributedTransport:
         timeout_s = self._timeout_s
         # a server that is gone fails here at once; the rendezvous would wait for it
         self._receivers.each(lambda server: server.model_info(min(timeout_s, 30.0)))
-        self._group_name = f"drpo-weights-{next(_connections)}"
+        # a server that an earlier run left still has the group of that run
+        self._group_name = f"drpo-weights-{uuid.uuid4().hex[:8]}"
         world_size = 1 + self._receivers.world_size
         # not through rendezvous(): under torchrun that joins the agent's store instead of opening one
         store = dist.TCPStore(

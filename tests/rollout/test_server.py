@@ -9,6 +9,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -144,6 +146,32 @@ def test_one_wrong_element_on_the_wire_is_found(setup: Setup, name: str, monkeyp
     assert name in caught.value.names and len(caught.value.names) <= 3
     monkeypatch.undo()
     assert setup.weights.push(setup.model.state_dict().items(), 3).verified
+
+
+_ANOTHER_RUN = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from drpo_megatron.config.schema import SyncConfig
+from drpo_megatron.sync.push import WeightSync
+from drpo_megatron.sync.verify import ServerLayout
+
+url, path = sys.argv[1], Path(sys.argv[2])
+weights = WeightSync(SyncConfig(timeout_s=30), ServerLayout.from_config(path, 1, torch.float32), path, path / "sync")
+weights.connect([url])
+print(weights.push(load_file(path / "model.safetensors").items(), 7).verified)
+"""
+
+
+def test_the_next_run_takes_a_server_that_one_left(setup: Setup) -> None:
+    """One that was started elsewhere keeps the process group of a run that did not leave it."""
+    command = [sys.executable, "-c", _ANOTHER_RUN, setup.server.url, str(setup.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) == 3 + 4 * 8, done.stderr
+    assert setup.weights.push(setup.model.state_dict().items(), 8).verified
 
 
 def test_a_tensor_that_is_not_sent_is_found(setup: Setup) -> None:
