@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 import reprlib
 import types
@@ -134,8 +135,8 @@ def _parse(text: str) -> Any:
 
 
 def _not_settings(value: Any, path: str, depth: int, count: Iterator[int]) -> Iterator[str]:
-    """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, keys that
-    are no words, and more than anyone would write.
+    """What YAML can say and settings cannot be: words with characters that no path and no UTF-8 text has, numbers
+    that no tensor has, keys that are no words, and more than anyone would write.
 
     count: of the values seen. Raises ConfigError at too many of them.
     """
@@ -143,6 +144,10 @@ def _not_settings(value: Any, path: str, depth: int, count: Iterator[int]) -> It
         raise ConfigError([f"{path}: holds more than {_MOST_VALUES} values; a configuration has a few hundred"])
     if isinstance(value, str) and not _is_text(value):
         yield f"{path}: {_shown(value)} holds a character that files and terminals do not take; remove it"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"{path}: {_shown(value)} does not fit into 64 bits; correct the value"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: must be a finite number, got {value!r}; correct the value"
     elif isinstance(value, dict | list) and depth > _DEEPEST:
         yield f"{path}: is nested more than {_DEEPEST} deep; correct the value"
     elif isinstance(value, dict):

@@ -25,8 +25,6 @@ class Section(BaseModel):
     def _is_usable(cls, value: Any) -> Any:
         if isinstance(value, Path) and (len(str(value)) > 1000 or any(len(os.fsencode(p)) > 255 for p in value.parts)):
             raise ValueError("must be a path that file systems take: 255 bytes a name")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("must fit into 64 bits")
         return value
 
 
