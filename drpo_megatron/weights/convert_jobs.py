@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from drpo_megatron.checkpoint.manifest import STATE, Manifest, check_files
 
 _DATA_SUFFIX = ".distcp"
 # glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def run_in_processes[T](processes: int, function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -37,17 +35,6 @@ def run_in_processes[T](processes: int, function: Callable[..., T], jobs: Sequen
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def keep_freed_memory() -> None:
-    """Let this process use the memory of one large tensor for the next. By default glibc gives it back to the kernel,
-    and making fresh pages takes longer than filling them.
-    """
-    libc = ctypes.CDLL(None)
-    # A C library without the call only loses time.
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def check_small_files(checkpoint: Path, manifest: Manifest) -> None:

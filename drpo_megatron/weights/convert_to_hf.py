@@ -18,8 +18,9 @@ from drpo_megatron.checkpoint import manifest
 from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.checkpoint.reader import CheckpointReader
 from drpo_megatron.models.hf_config import HFModelConfig
+from drpo_megatron.platform.process import keep_freed_memory
 from drpo_megatron.weights import fp8
-from drpo_megatron.weights.convert_jobs import check_small_files, checked_beside, keep_freed_memory, run_in_processes
+from drpo_megatron.weights.convert_jobs import check_small_files, checked_beside, run_in_processes
 from drpo_megatron.weights.families import WeightTable, weight_table
 from drpo_megatron.weights.hf_io import ModelDirectory, ShardFile, listed, sync_file
 from drpo_megatron.weights.map import FusedQKV, GatedMLP, Replicated, WeightRule
