@@ -15,7 +15,6 @@ from typing import Any
 from drpo_megatron.checkpoint.manifest import STATE, Manifest, check_files
 
 _DATA_SUFFIX = ".distcp"
-# glibc's malloc.h.
 
 
 def run_in_processes[T](processes: int, function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> list[T]:
