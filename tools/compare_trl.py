@@ -5,7 +5,7 @@
 
 Each row of ROWS that is named is measured and kept as DIRECTORY/NAME.json; the page is of all rows that are there
 (without a name it is only written again). Both sides have the two cores of the machine for themselves, so nothing else
-should run meanwhile: the load before each row is kept with it.
+should run meanwhile: how busy the machine is before each row is kept with it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ RESULTS = ROOT / "docs" / "results"
 CONFIG = ROOT / "configs" / "smollm2-arithmetic.yaml"
 WARM_UP = 2  # steps that are left out
 LOOK_EVERY_S = 1.0
+BUSY_S = 3.0
 GOAL = 3.0
 
-EQUAL = ("algorithm.loss=grpo", "algorithm.loss_args={}")
-ONE_RANK = ("parallel.pipeline=1", "training.threads=2", "rollout.server.threads=2", "training.shared_prefix=always")
-# An update of 4 prompts and 32 answers is one pack.
-ONE_PACK = ("training.tokens_per_micro_batch=1024",)
+EQUAL = (
+    *("algorithm.loss=grpo", "algorithm.loss_args={}"),
+    *("parallel.pipeline=1", "training.threads=2", "rollout.server.threads=2"),
+    *("training.shared_prefix=always", "training.tokens_per_micro_batch=1024"),  # an update is one pack
+    *("sync.transport=shared_memory", "sync.verify_every=0"),
+)
+# The server's one thread and the trainer's two share two cores.
+AHEAD = (*EQUAL, "rollout.schedule=one_step_off", "rollout.server.threads=1")
 UNRECORDED = ("tracking.wandb=false", "tracking.tensorboard=false", "training.export=false")
 
 
@@ -56,23 +61,21 @@ class Row:
     title: str
     trl: int | None = None
     overrides: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
+PASSIVE = (("OMP_WAIT_POLICY", "passive"),)
 ROWS = {
-    "trl": Row("TRL, 2 threads", trl=2),
-    "drpo": Row("this project, one rank", overrides=(*EQUAL, *ONE_RANK, *ONE_PACK)),
-    "trl-1-thread": Row("TRL, 1 thread", trl=1),
-    "drpo-pipeline": Row(
-        "the recipe's layout: two pipeline ranks of 1 thread",
-        overrides=(*EQUAL, "rollout.server.threads=2"),
+    "trl": Row("TRL", trl=2),
+    "drpo": Row("this project", overrides=EQUAL),
+    "drpo-ahead": Row("… generating a step ahead", overrides=AHEAD, environment=PASSIVE),
+    "drpo-bfloat16": Row("… in bfloat16", overrides=(*EQUAL, "model.dtype=bfloat16")),
+    "drpo-bfloat16-ahead": Row(
+        "… in bfloat16, a step ahead", overrides=(*AHEAD, "model.dtype=bfloat16"), environment=PASSIVE
     ),
-    "drpo-one-step-off": Row(
-        "one rank, generating a step ahead",
-        overrides=(*EQUAL, *ONE_RANK, *ONE_PACK, "rollout.schedule=one_step_off"),
-    ),
-    "drpo-bfloat16": Row(
-        "one rank, bfloat16",
-        overrides=(*EQUAL, *ONE_RANK, *ONE_PACK, "model.dtype=bfloat16"),
+    "drpo-verified": Row(
+        "… with every sync verified, over gloo",
+        overrides=(*EQUAL, *("sync.transport=distributed", "sync.verify_every=1")),
     ),
 }
 """The first two do equal work; the others show what a setting changes."""
@@ -93,6 +96,18 @@ def resident(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def busy_cores() -> float:
+    """Of the machine, over the last seconds. The load average would still count what ran before."""
+
+    def idle_and_all() -> tuple[int, int]:
+        times = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return times[3] + times[4], sum(times)  # idle, iowait
+
+    (idle, total), _ = idle_and_all(), time.sleep(BUSY_S)
+    idle_after, total_after = idle_and_all()
+    return (os.cpu_count() or 1) * (1 - (idle_after - idle) / (total_after - total))
 
 
 @contextmanager
@@ -147,7 +162,8 @@ def measure(name: str, steps: int, directory: Path) -> dict[str, Any]:
     else:
         settings = (f"name={name}", f"tracking.directory={directory}", f"training.steps={steps}")
         command = ["-m", "drpo_megatron.cli", "train", str(CONFIG), *settings, *UNRECORDED, *row.overrides]
-    load = os.getloadavg()[0]
+    environment |= dict(row.environment)
+    busy = busy_cores()
     process = subprocess.Popen([sys.executable, *command], env=environment, stdout=sys.stderr)
     try:
         with memory_looks(process.pid) as looks:
@@ -162,7 +178,7 @@ def measure(name: str, steps: int, directory: Path) -> dict[str, Any]:
     else:
         rollout = load_config(CONFIG).rollout
         measured = steps_of_run(out, rollout.prompts_per_step * rollout.samples_per_prompt)
-    return {"name": name, "load": load, "steps": measured, "memory": looks}
+    return {"name": name, "busy_cores": busy, "steps": measured, "memory": looks}
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +198,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
         "rest_s": of(lambda step: step["seconds"] - step["generate_s"]),
         "sync_s": of(lambda step: step.get("sync_s", 0.0)),
         "memory_gib": max(used for at, used in result["memory"] if begin <= at <= end) / 2**30,
-        "load": result["load"],
+        "busy_cores": result["busy_cores"],
         "curve": [
             {
                 "s": step["time"] - result["steps"][0]["time"] + result["steps"][0]["seconds"],
@@ -230,7 +246,7 @@ COLUMNS = (
     "generate, s",
     "rest, s",
     "memory, GiB",
-    "load",
+    "cores busy before",
 )
 
 
@@ -245,7 +261,7 @@ def table(rows: dict[str, Any]) -> list[str]:
             shown(row["tokens_per_s"], 1),
             *(shown(row[key], 1) for key in ("seconds", "generate_s", "rest_s")),
             f"{row['memory_gib']:.2f}",
-            f"{row['load']:.2f}",
+            f"{row['busy_cores']:.2f}",
             str(row["steps"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -256,6 +272,11 @@ def verdict(rows: dict[str, Any]) -> str:
     ratio = rows["drpo"]["samples_per_s"]["value"] / rows["trl"]["samples_per_s"]["value"]
     word = "holds" if ratio >= GOAL else "**does not hold**"
     return f"On equal work this project makes {ratio:.2f} times as many samples a second; the goal, {GOAL:g}, {word}."
+
+
+def command_of(row: Row) -> str:
+    variables = [f"{name}={value}" for name, value in row.environment]
+    return " ".join([*variables, f"drpo train configs/{CONFIG.name}", *row.overrides])
 
 
 def page(report: dict[str, Any]) -> str:
@@ -273,8 +294,8 @@ def page(report: dict[str, Any]) -> str:
         *table(report["rows"]),
         "",
         f"Median, and lowest and highest step, without the first {WARM_UP}. A response token is generated once and",
-        "trained once. Memory is the highest sum of PSS of all processes in these steps, looked at once a second. Load",
-        "is the machine's one-minute load before the row began.",
+        "trained once. Memory is the highest sum of PSS of all processes in these steps, looked at once a second.",
+        f"Cores busy before: of the machine, in the {BUSY_S:g} s before the row began.",
         "",
         "![samples a second, and reward over wall time](trl.png)",
         "",
@@ -289,7 +310,7 @@ def page(report: dict[str, Any]) -> str:
         "## What is not",
         "",
         "* TRL samples with transformers' `generate` in its own process, and this project on an SGLang server, with a",
-        "  weight sync after each step (in *rest*), whose checksums and log-probs are verified.",
+        "  weight sync after each step (in *rest*), verified once.",
         "* TRL computes the log-probs of the behaviour policy by a forward pass of its own. This project takes those",
         "  of the server.",
         "* TRL shuffles the 64 samples over its two updates; this project gives each four whole groups.",
@@ -299,11 +320,7 @@ def page(report: dict[str, Any]) -> str:
         "",
         "TRL runs without gradient checkpointing, which is on by default and slower. Settings of the other rows:",
         "",
-        *(
-            f"* {ROWS[name].title}: `{' '.join(ROWS[name].overrides)}`"
-            for name in report["rows"]
-            if ROWS[name].overrides
-        ),
+        *(f"* {ROWS[name].title}: `{command_of(ROWS[name])}`" for name in report["rows"] if ROWS[name].overrides),
     ]
     return "\n".join(lines) + "\n"
 

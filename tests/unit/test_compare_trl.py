@@ -29,7 +29,7 @@ def measured(seconds: list[float], **more: Any) -> dict[str, Any]:
         for n, (s, end) in enumerate(zip(seconds, ends, strict=True))
     ]
     memory = [(end - 0.5, (n + 1) * 2**30) for n, end in enumerate(ends)]
-    return {"name": "x", "load": 0.3, "steps": steps, "memory": memory} | more
+    return {"name": "x", "busy_cores": 0.3, "steps": steps, "memory": memory} | more
 
 
 def test_the_first_steps_are_left_out_of_rates_and_memory_but_not_of_the_curve() -> None:
