@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch.profiler import profile, record_function
+
+from drpo_megatron import platform
 
 TOP = 10
 
@@ -20,7 +22,7 @@ class StepProfiler:
       the step has a number behind it;
     * `step_000010_rank_0.txt`, the summary of the verbs so far and of the operations with most time of their own.
 
-    In other steps it only names the verb to NVTX, which does nothing without a GPU. NVTX and kernels: not run, see
+    In other steps it only names the verb to NVTX, where there is a GPU. NVTX and kernels: not run, see
     docs/gpu-checklist.md.
     """
 
@@ -37,7 +39,7 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, verb: str) -> Iterator[None]:
-        with torch.cuda.nvtx.range(verb):
+        with torch.cuda.nvtx.range(verb) if platform.has_cuda() else nullcontext():
             if self._step is None:
                 yield
                 return
