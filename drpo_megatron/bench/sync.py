@@ -5,6 +5,10 @@ another one that only receives, in buckets of the same sizes. The ways alternate
 neighbours in time. Checksums are compared in the first push of each transport and not in those that are timed. Memory
 is the growth of this process's peak over a push, in buckets. Trainer and server have a core each.
 
+`lowest_ratio_of_cores`: what a sync by broadcast could come down to on this machine if nothing ever waited: the core
+seconds of the bare broadcast, on both sides, and those in which the server loads the same bytes from shared memory,
+over all cores and the seconds of the bare broadcast. A wire that costs no core, as NCCL's, has no such bound.
+
 The delta transport is compared with itself: the weights after one optimizer step against those before it, as a delta
 and whole, in bf16. A few steps come first, because a quantized file has many weights that are exactly zero, which each
 step changes.
@@ -13,6 +17,7 @@ step changes.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,7 @@ from drpo_megatron.bench.report import Figure
 from drpo_megatron.bench.resident import peak, reset_peak
 
 if TYPE_CHECKING:
+    import psutil
     import torch
 
     from drpo_megatron.sync.verify import ServerLayout
@@ -57,11 +63,13 @@ def measure() -> dict[str, Figure]:
         with SGLangServer(config, model, "float32", 0, directory / "server.log") as server:
             url = server.wait_ready()
             layout = ServerLayout.from_config(model, 1, torch.float32)
-            return _figures(_samples(url, layout, model, directory)) | _delta_figures(url, model, directory)
+            assert server.pid is not None
+            samples = _samples(url, server.pid, layout, model, directory)
+            return _figures(samples) | _delta_figures(url, model, directory)
 
 
 def _figures(samples: dict[str, list[float]]) -> dict[str, Figure]:
-    bare = samples["bare"]
+    bare, cores = samples["bare"], len(os.sched_getaffinity(0))
 
     def over_bare(name: str) -> list[float]:
         return [seconds / broadcast for seconds, broadcast in zip(samples[name], bare, strict=True)]
@@ -69,13 +77,20 @@ def _figures(samples: dict[str, list[float]]) -> dict[str, Figure]:
     return {
         "ratio_to_broadcast": Figure.of(over_bare("distributed"), "<= 1.15"),
         "bytes_over_weights": Figure.of(samples["bytes"], "<= 1"),
+        "lowest_ratio_of_cores": Figure.of(
+            [
+                (wire + load) / (cores * seconds)
+                for wire, load, seconds in zip(samples["wire_cpu"], samples["load_cpu"], bare, strict=True)
+            ]
+        ),
         "peak_extra_buckets": Figure.of(samples["distributed_peak"], "<= 2"),
         **{f"{name}_ratio_to_broadcast": Figure.of(over_bare(name)) for name in TRANSPORTS[1:]},
         **{f"{name}_peak_extra_buckets": Figure.of(samples[f"{name}_peak"]) for name in TRANSPORTS[1:]},
     }
 
 
-def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> dict[str, list[float]]:
+def _samples(url: str, server: int, layout: ServerLayout, model: Path, directory: Path) -> dict[str, list[float]]:
+    import psutil
     from safetensors.torch import load_file
 
     from drpo_megatron.config.schema import SyncConfig
@@ -95,28 +110,38 @@ def _samples(url: str, layout: ServerLayout, model: Path, directory: Path) -> di
         for name in TRANSPORTS
     }
     samples: dict[str, list[float]] = {key: [] for key in ("bare", "bytes", *TRANSPORTS)}
-    samples |= {f"{name}_peak": [] for name in TRANSPORTS}
+    samples |= {key: [] for key in ("wire_cpu", "load_cpu", *(f"{name}_peak" for name in TRANSPORTS))}
     whole = sum(tensor.nbytes for _, tensor in tensors)
+    serving = [psutil.Process(server), *psutil.Process(server).children(recursive=True)]
     with _Receiver(directory / "store", sizes) as receiver:
+        wire = [psutil.Process(), psutil.Process(receiver.pid)]
         for way in ways.values():
             way.connect([url])
             way.push(tensors, 0)
         receiver.broadcast(tensors, bucket_bytes)
         for _ in range(REPETITIONS):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), _core_seconds(wire)
             receiver.broadcast(tensors, bucket_bytes)
             samples["bare"].append(time.perf_counter() - start)
+            samples["wire_cpu"].append(_core_seconds(wire) - busy)
             for name, way in ways.items():
                 before = reset_peak()
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), _core_seconds(serving)
                 report = way.push(tensors, 1)
                 samples[name].append(time.perf_counter() - start)
+                if name == "shared_memory":
+                    samples["load_cpu"].append(_core_seconds(serving) - busy)
                 samples[f"{name}_peak"].append((peak() - before) / max(sizes))
                 if name == "distributed":
                     samples["bytes"].append(report.bytes / whole)
         for way in ways.values():
             way.close()
     return samples
+
+
+def _core_seconds(processes: Sequence[psutil.Process]) -> float:
+    """Of these processes, since they began."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def _delta_figures(url: str, model: Path, directory: Path) -> dict[str, Figure]:
@@ -187,6 +212,10 @@ class _Receiver:
         self._process = subprocess.Popen([*command, str(REPETITIONS + 1)])
         _join(self._store, 0)
         return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def __exit__(self, *_: object) -> None:
         import torch.distributed as dist
