@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from drpo_megatron.config.schema import DataConfig, RewardConfig
 from drpo_megatron.records import Rollout
+from drpo_megatron.rewards.worker import OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,11 @@ class _Feeder(threading.Thread):
     def kill_process(self) -> None:
         """SIGKILL to the process and whatever it started: nothing less ends a loop in C code."""
         with self._lock:
-            if self._process is not None and self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
+                    os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
+                self._process = None
 
     def _start_process(self) -> None:
         with self._lock:
@@ -178,28 +181,30 @@ class _Feeder(threading.Thread):
         self._ready = True
 
     def _score(self, sample: Sample) -> Answer:
-        if self._process is None or self._process.poll() is not None:
+        process = self._process
+        if process is None or process.poll() is not None:
             self._start_process()
         self._wait_ready()
         try:
             self._connection.send(sample)
             if self._connection.poll(self._reward.timeout_s):
-                answer: Answer | None = self._connection.recv()
-                if answer is not None:
-                    return answer
-                # The process lives, and is replaced: what it still holds would cost later samples their reward.
-                reason = f"the verifier ran out of memory (reward.memory_mb is {self._reward.memory_mb})"
-            else:
-                reason = f"the verifier took longer than {self._reward.timeout_s:g} s"
+                answer: Answer = self._connection.recv()
+                return answer
+            reason = f"the verifier took longer than {self._reward.timeout_s:g} s"
         except (EOFError, OSError):
-            reason = f"the verifier's process ended ({self._ending()})"
+            ending = self._ending()
+            reason = f"the verifier's process ended ({ending})"
+            if ending == f"exit code {OUT_OF_MEMORY}":
+                reason = f"the verifier ran out of memory (reward.memory_mb is {self._reward.memory_mb})"
         self.kill_process()
         return 0.0, reason
 
     def _ending(self) -> str:
-        assert self._process is not None
+        process = self._process
+        if process is None:
+            return "the pool was closed"
         try:
-            code = self._process.wait(timeout=5)
+            code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "its connection closed"
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -1,13 +1,13 @@
 """One verifier process: `python -m drpo_megatron.rewards.worker FD`, FD being its end of a socket pair.
 
 Protocol (pickled): it gets (RewardConfig, DataConfig), answers None when ready or the reason why it cannot be; then for
-each (text, answer, metadata) it answers (reward, error), or None when it ran out of memory. It ends when the other side
-is closed.
+each (text, answer, metadata) it answers (reward, error). It ends when the other side is closed, and with
+`OUT_OF_MEMORY` when a verifier ran out of memory: what is still held may leave none for an answer.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import resource
 import signal
 import sys
@@ -15,6 +15,9 @@ from multiprocessing.connection import Connection
 
 from drpo_megatron.platform.process import die_with_parent
 from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
+
+OUT_OF_MEMORY = 86
+"""Exit code."""
 
 
 def limit_memory(memory_mb: int | None) -> None:
@@ -55,10 +58,9 @@ def main(fd: int) -> None:
             return
         connection.send(None)
         while True:
-            sample, answer = connection.recv(), None
-            with contextlib.suppress(MemoryError):
-                answer = checked_reward(verifier, *sample)
-            connection.send(answer)  # what the verifier allocated went with the exception: there is memory again
+            connection.send(checked_reward(verifier, *connection.recv()))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # without what an orderly end would allocate
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the trainer closed its end, or is gone
 

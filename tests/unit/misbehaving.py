@@ -14,6 +14,18 @@ from typing import Any
 _KEPT: list[bytearray] = []
 
 
+def _fill() -> list[object]:
+    """All of the memory, to the last small object."""
+    blocks: list[object] = []
+    for size in (2**20, 2**12, 64):
+        try:
+            while True:
+                blocks.append(bytearray(size))
+        except MemoryError:
+            pass
+    return blocks
+
+
 def behave(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
     """Does what the response says."""
     match text:
@@ -46,6 +58,11 @@ def behave(text: str, answer: str | None, metadata: dict[str, Any]) -> Any:
             numbers: list[object] = []
             while True:
                 numbers.append([numbers])
+        case "memory in a cycle":
+            # What is left of it is no one's, and stays until a collection that may come too late.
+            cycle: list[object] = []
+            cycle.append((cycle, _fill()))
+            raise MemoryError
         case "memory in C":
             import numpy
 

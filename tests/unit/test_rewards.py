@@ -94,6 +94,7 @@ def test_a_verifier_that_eats_memory(caplog: pytest.LogCaptureFixture) -> None:
     bad = {
         "memory": "ran out of memory (reward.memory_mb is 512)",
         "small objects": "ran out of memory (reward.memory_mb is 512)",
+        "memory in a cycle": "ran out of memory (reward.memory_mb is 512)",
         "memory in C": "ran out of memory (reward.memory_mb is 512)",
         "memory kept": "ran out of memory (reward.memory_mb is 512)",
         "abort": "SIGABRT",
