@@ -61,7 +61,8 @@ def draw() -> None:
     arrow(ax, (51.5, 53.2), (54.5, 53.2))
     arrow(ax, (54.5, 50.4), (51.5, 50.4))
 
-    verbs = {"generate": 9.4, "advantages": 11, "pack": 6, "train × u": 9.4, "sync": 6, "evaluate": 9, "log": 5.5, "save": 5.5}
+    verbs = {"generate": 9.4, "advantages": 11, "pack": 6, "train × u": 9.4}
+    verbs |= {"sync": 6, "evaluate": 9, "log": 5.5, "save": 5.5}
     gap = (71 - sum(verbs.values())) / (len(verbs) - 1)
     x = 3.0
     for verb, width in verbs.items():
