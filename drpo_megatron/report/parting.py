@@ -9,7 +9,7 @@ from typing import Any
 
 from drpo_megatron.report.run_files import RunFiles, config_differences
 
-MEASURED = ("time", "perf/", "memory/", "sync/seconds", "save/stall_s")
+MEASURED = ("time", "perf/", "memory/", "sync/seconds", "save/stall_s", "total/seconds")
 """Seconds, rates and bytes of the machine: never the same twice, and no part of what was computed."""
 
 _CAUSES = ("rollout/", "response/", "reward/", "staleness/", "router/", "mismatch/", "ratio/", "policy/", "drpo/")

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 # Of servers, of the clock, and of the process: not functions of the rollouts.
-ELSEWHERE = ("time", "perf/", "sync/", "rollout/", "memory/")
+ELSEWHERE = ("time", "perf/", "sync/", "rollout/", "memory/", "total/seconds")
 
 
 def drpo(verb: str, directory: Path, name: str, *words: str) -> str:
@@ -66,8 +66,8 @@ def test_a_replay_is_the_run_again(tmp_path: Path) -> None:
 
     said = drpo("rollout", tmp_path, "sampled", "--steps", "1")
     assert "32 samples of 4.0 tokens" in said and f"step 1/1  reward {first[0]['reward/mean']:.4f}" in said
-    # The same seeds and weights; nobody has computed advantages.
-    sampled = [r | {"advantage": 0.0} for r in rollouts(tmp_path, "run", 0)]
+    # The same seeds and weights; nobody has computed advantages, or trained.
+    sampled = [r | {"advantage": 0.0, "logp": [], "loss_weight": []} for r in rollouts(tmp_path, "run", 0)]
     assert rollouts(tmp_path, "sampled", 0) == sampled
     about = [json.loads((tmp_path / name / "rollouts" / "about.json").read_text()) for name in ("run", "sampled")]
     assert about[1] == about[0] | {"run": "sampled"}

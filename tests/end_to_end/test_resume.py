@@ -24,7 +24,7 @@ SETTINGS = (
     "save.hf_every=4",
 )
 # groups_ready is how far the servers are at the moment of logging.
-TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s", "rollout/groups_ready")
+TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s", "total/seconds", "rollout/groups_ready")
 
 
 def without_times(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

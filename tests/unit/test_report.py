@@ -33,7 +33,14 @@ def drpo(*words: Any) -> int:
 def test_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Times, rates and memory differ in every run, and two settings do here."""
     a = write_run(tmp_path / "a", [metrics(step) for step in range(5)])
-    measured = {"time": 5.0, "perf/train_s": 9.0, "perf/tokens_per_s": 1.0, "memory/peak_gb": 3.0, "sync/seconds": 1.0}
+    measured = {
+        "time": 5.0,
+        "perf/train_s": 9.0,
+        "perf/tokens_per_s": 1.0,
+        "memory/peak_gb": 3.0,
+        "sync/seconds": 1.0,
+        "total/seconds": 9.0,
+    }
     rows = [metrics(step, **measured) for step in range(5)]
     b = write_run(tmp_path / "b", rows, config={"seed": 1})
     assert drpo("diff", a, b) == 0
