@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # Imports and the verifier's own set-up: seconds on an idle machine.
 START_TIMEOUT_S = 180.0
+OUT_OF_MEMORY_ENDING = f"exit code {OUT_OF_MEMORY}"
 
 Sample = tuple[str, str | None, dict[str, Any]]
 Answer = tuple[float, str | None]
@@ -175,7 +176,11 @@ class _Feeder(threading.Thread):
                 raise RewardError(f"a verifier process was not ready after {START_TIMEOUT_S:.0f} s; see the rank's log")
             problem = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise RewardError(f"a verifier process ended while it started ({self._ending()}); see the log") from error
+            ending = self._ending()
+            if ending == OUT_OF_MEMORY_ENDING:
+                too_low = f"it does not fit into reward.memory_mb = {self._reward.memory_mb}: raise that"
+                raise RewardError(f"the verifier cannot be started: {too_low}") from error
+            raise RewardError(f"a verifier process ended while it started ({ending}); see the log") from error
         if problem is not None:
             raise RewardError(f"the verifier cannot be started: {problem}")
         self._ready = True
@@ -194,7 +199,7 @@ class _Feeder(threading.Thread):
         except (EOFError, OSError):
             ending = self._ending()
             reason = f"the verifier's process ended ({ending})"
-            if ending == f"exit code {OUT_OF_MEMORY}":
+            if ending == OUT_OF_MEMORY_ENDING:
                 reason = f"the verifier ran out of memory (reward.memory_mb is {self._reward.memory_mb})"
         self.kill_process()
         return 0.0, reason

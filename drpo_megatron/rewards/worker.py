@@ -2,7 +2,7 @@
 
 Protocol (pickled): it gets (RewardConfig, DataConfig), answers None when ready or the reason why it cannot be; then for
 each (text, answer, metadata) it answers (reward, error). It ends when the other side is closed, and with
-`OUT_OF_MEMORY` when a verifier ran out of memory: what is still held may leave none for an answer.
+`OUT_OF_MEMORY` when a verifier ran out of memory, also at its start: what is still held may leave none for an answer.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def main(fd: int) -> None:
         limit_memory(reward.memory_mb)
         try:
             verifier = make_verifier(reward, data)
-        except Exception as error:  # noqa: BLE001 - sent to the pool, which raises it
-            hint = f" (it does not fit into reward.memory_mb = {reward.memory_mb}: raise that)"
-            connection.send(f"{type(error).__name__}: {error}{hint if ran_out_of_memory(error) else ''}")
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise MemoryError from error
+            connection.send(f"{type(error).__name__}: {error}")
             return
         connection.send(None)
         while True:
