@@ -3,8 +3,11 @@
 Every ratio is measured side by side, on the same tensors in one process (one a rank), and a sample is the quotient of
 two neighbours in time; for `ratio_to_gemm` the two alternate chunk by chunk. One rank uses all cores, two ranks half of
 them each. Memory is the growth of the process's peak over what it holds with inputs and gradients in place, each way in
-a process of its own. Host memory has torch's default pages; the launcher's ranks ask for huge ones. Figures without a
-bound are there to be drawn (`tools/record_bench.py`).
+a process of its own. Figures without a bound are there to be read or drawn (`tools/record_bench.py`).
+
+The ratios to the bare products are taken with huge pages, as the launcher's ranks have them. The comparisons are taken
+with torch's default pages, where a way that allocates whole logits also pays for their pages, and once more with huge
+ones (`huge_pages_vs_*`).
 
 TRL and verl are installed beside the product's packages, for this bench only (`make peers`).
 """
@@ -23,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drpo_megatron.bench.report import Figure
+from drpo_megatron.platform.process import HUGE_PAGES
 
 VOCABULARY, TOKENS, LONG = 151_936, 4_096, 32_768
 HIDDEN = (1_024, 4_096)
@@ -43,10 +47,14 @@ def measure() -> dict[str, Figure]:
     # A pass at the larger hidden size is ten pairs of chunks of many seconds each.
     counts = dict(zip(HIDDEN, (REPETITIONS, LARGE_REPETITIONS), strict=True))
     tp1, tp2 = (
-        [run_worker(ranks, "ratio", hidden=hidden, repetitions=count)["ratio"] for hidden, count in counts.items()]
+        [
+            run_worker(ranks, "ratio", hidden=hidden, repetitions=count, huge_pages=True)["ratio"]
+            for hidden, count in counts.items()
+        ]
         for ranks in (1, 2)
     )
     ways = run_worker(1, "ways", hidden=small)
+    on_huge_pages = run_worker(1, "ways", hidden=small, huge_pages=True)
     memory = {name: run_worker(1, f"memory-{name}", hidden=small)["bytes"][0] for name in ("fused", "dense")}
     long = run_worker(1, "memory-fused", hidden=small, tokens=LONG)["bytes"][0]
     traffic = run_worker(2, "traffic", hidden=64)
@@ -60,6 +68,7 @@ def measure() -> dict[str, Figure]:
         **{f"ratio_to_gemm_tp1_h{hidden}": Figure.of(s) for hidden, s in zip(HIDDEN, tp1, strict=True)},
         **{f"ratio_to_gemm_tp2_h{hidden}": Figure.of(s) for hidden, s in zip(HIDDEN, tp2, strict=True)},
         **{f"speedup_vs_{name}": Figure.of(ways[name], ">= 1.8") for name in COMPARED},
+        **{f"huge_pages_vs_{name}": Figure.of(on_huge_pages[name]) for name in COMPARED},
         "masked_half_time": Figure.of(ways["masked"], "<= 0.55"),
         "memory_vs_dense": Figure.of([memory["fused"] / memory["dense"]], "<= 0.1"),
         "memory_growth_4k_32k": Figure.of([long / memory["fused"]], "<= 1.1"),
@@ -94,6 +103,7 @@ def run_worker(
     repetitions: int | None = None,
     series: str = "",
     problem: Path | None = None,
+    huge_pages: bool = False,
 ) -> dict[str, list[float]]:
     """Run `loss_worker` under torchrun; return the samples that rank 0 prints, by name."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
@@ -108,7 +118,12 @@ def run_worker(
         command += [f"--problem={problem}", f"--tail-tolerance={TAIL_TOLERANCE}"]
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "DRPO_PEERS": str(PEERS)},
+        env={
+            **os.environ,
+            **(HUGE_PAGES if huge_pages else {}),
+            "OMP_NUM_THREADS": str(threads),
+            "DRPO_PEERS": str(PEERS),
+        },
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -161,7 +176,7 @@ def _sparse(directory: Path, threads: int) -> dict[str, list[float]]:
         check=True,
         stdout=sys.stderr,
     )
-    return run_worker(1, "sparse", hidden=0, problem=problem)
+    return run_worker(1, "sparse", hidden=0, problem=problem, huge_pages=True)
 
 
 def _worst(samples_by_shape: Sequence[Sequence[float]], must: str) -> Figure:

@@ -2,7 +2,8 @@
 
 The product is done in blocks of columns, and a block that fits a core's own cache goes through all element-wise
 operations before the next one: the statistics find the logits in a cache. The exponentials are computed once: `project`
-leaves E = exp(z − m) in place of the logits, m being near the local maximum, and the soft-max is never scaled. With
+leaves E = exp(z − m) in place of the logits, m being near the local maximum, and the soft-max is never scaled. They are
+powers of two: torch's exp2 takes a third of exp's time, and the difference to m is scaled, which loses little. With
 d = log Z − m, log Z the normalizer over all ranks, p = E·exp(−d), so the gradient of Σ c·logπ is
 
     ∂/∂logit_v = −(c/τ)·exp(−d)·(E_v − 1[v = target]·exp(d))
@@ -13,6 +14,7 @@ entropy's gradient, −e·p·(log p + H), has log p = log E − d and takes one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +32,8 @@ COLUMN_BLOCK = 8192
 HEADROOM = 20.0
 """m is the maximum of the first columns until a later logit exceeds it by this much: to raise m is to scale what is
 there, and exp(20) is far from the end of the range."""
+
+_LOG2_E = 1 / math.log(2)
 
 # exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(HEADROOM − 48) ≈ 7e-13 each:
 # they count as that much, which float32 cannot tell from zero beside the target's 1.
@@ -73,12 +77,12 @@ def project(
             too_low_R = top_R > m_C[rows] + HEADROOM
             if bool(too_low_R.any()):
                 _raise_maximum_(stats_C4[rows], torch.where(too_low_R, top_R, m_C[rows]), logits_CV[rows, :start])
-            shifted_RB = torch.sub(z_RB, m_C[rows, None], out=scratch_RB[: len(z_RB)])
-            torch.exp(shifted_RB, out=z_RB)
-            s_C[rows] += z_RB.sum(1)
-            q_C[rows] += shifted_RB.mul_(z_RB).sum(1)
-            if exponentiate and z_RB.dtype != block_CB.dtype:
-                block_CB[rows] = z_RB
+            bits_RB = torch.sub(z_RB, m_C[rows, None], out=scratch_RB[: len(z_RB)]).mul_(_LOG2_E)
+            exp_RB = torch.exp2(bits_RB, out=z_RB)
+            s_C[rows] += exp_RB.sum(1)
+            q_C[rows] += bits_RB.mul_(exp_RB).sum(1) / _LOG2_E
+            if exponentiate and exp_RB.dtype != block_CB.dtype:
+                block_CB[rows] = exp_RB
     return stats_C4
 
 
@@ -156,6 +160,6 @@ def _exponentiate_(logits_CV: Tensor, log_normalizer_C: Tensor, temperature: flo
         z_BV = logits_CV[rows].to(log_normalizer_C.dtype)
         if temperature != 1.0:
             z_BV.div_(temperature)
-        z_BV.sub_(log_normalizer_C[rows, None]).exp_()
+        z_BV.sub_(log_normalizer_C[rows, None]).mul_(_LOG2_E).exp2_()
         if z_BV.dtype != logits_CV.dtype:
             logits_CV[rows] = z_BV
