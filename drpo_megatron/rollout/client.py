@@ -90,7 +90,7 @@ class RolloutClient:
         budgets: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """One continuation of each of `inputs`, in one request: equal inputs share the computation of their prefix.
+        """One continuation of each of `inputs`, in one request.
 
         budgets: the largest number of new tokens of each, by default the sampling's. seeds: of each, for a server with
         enable_deterministic_inference. Requests that fail while a server lives, or come back with older tokens than
@@ -159,6 +159,9 @@ def request_body(
 ) -> dict[str, Any]:
     """Body of /generate for one continuation of each of `inputs`, with the experts of each token if `routed_experts`.
 
+    Equal inputs with nothing of their own go as one input with SGLang's `n`: the server computes it once, and then the
+    samples. Sent as several inputs, those that meet in one batch each compute it.
+
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
     the distribution before truncation, and μ would not be what was sampled from. Answers that are not trained may be
     sampled with top-p.
@@ -177,6 +180,9 @@ def request_body(
     if sampling.stop:
         parameters["stop"] = sampling.stop
     of_each: Any = parameters
+    if len(inputs) > 1 and budgets is None and seeds is None and all(one == inputs[0] for one in inputs):
+        parameters["n"] = len(inputs)
+        inputs = inputs[:1]
     if budgets is not None or seeds is not None:
         of_each = [dict(parameters) for _ in inputs]
         for one, budget in zip(of_each, budgets or (), strict=budgets is not None):

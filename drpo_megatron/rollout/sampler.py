@@ -22,8 +22,8 @@ _MOST_ABORTS = 100  # of one group, without a cut of ours: then something aborts
 class GroupSampler:
     """Samples `count` responses to `prompt`. `run` until it returns a group; what was sampled until an abort is kept.
 
-    All samples go into one request: the server computes their prefix once, a failure costs one group, and it is the
-    fastest of the request shapes that keep groups apart. seed: None, or what makes the samples repeatable.
+    All samples go into one request: the server computes the prompt once, and a failure costs one group. seed: None, or
+    what makes the samples repeatable.
     """
 
     prompt: Prompt

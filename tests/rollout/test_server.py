@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+from drpo_megatron.rollout.client import request_body
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerRequestError, ServersFailed, ServerStartError
 from drpo_megatron.rollout.server import SGLangServer
@@ -85,6 +87,24 @@ def test_logmu_is_the_log_softmax_at_the_sampling_temperature(setup: Setup, temp
     other = 1.7 - temperature
     assert largest_logprob_error(groups, setup.model, other) > 100 * TOLERANCE
     assert len({tuple(r.response_ids) for g in groups for r in g.rollouts}) > 24, "samples of a prompt must differ"
+
+
+def test_a_prompt_is_computed_once_for_its_samples(setup: Setup) -> None:
+    """By the server's own count, beside the same samples asked for as several inputs."""
+    url, samples = setup.server.url, 8
+
+    def computed(prompt: list[int], extra: dict[str, Any]) -> int:
+        body = request_body([prompt] * samples, SAMPLING) | extra
+        answers = requests.post(f"{url}/generate", json=body, timeout=60).json()
+        metas = [answer["meta_info"] for answer in answers]
+        assert len(metas) == samples and all(meta["prompt_tokens"] == len(prompt) for meta in metas)
+        return sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in metas)
+
+    once, other = ([3 + (k * step) % (tiny_models.VOCAB_SIZE - 3) for k in range(24)] for step in (5, 7))
+    # The last token's logits are computed for each sample.
+    assert computed(once, {}) == samples
+    several = {"input_ids": [other] * samples, "sampling_params": {"max_new_tokens": SAMPLING.max_new_tokens}}
+    assert computed(other, several) > len(other) + samples
 
 
 def test_responses_end_at_eos_at_a_stop_string_or_at_the_limit(setup: Setup) -> None:

@@ -15,6 +15,7 @@ from drpo_megatron.config.schema import DataConfig, FunctionData, RolloutConfig,
 from drpo_megatron.data.prompts import PromptSource
 from drpo_megatron.data.rows import open_rows
 from drpo_megatron.records import Prompt, Rollout, RolloutGroup
+from drpo_megatron.rollout import producer as producer_module
 from drpo_megatron.rollout.client import RolloutClient
 from drpo_megatron.rollout.errors import GenerationError, ServerDied, Stopped
 from drpo_megatron.rollout.producer import RolloutProducer
@@ -44,6 +45,7 @@ class World:
         self.no_signal: set[int] = set()
         self.slow: set[int] = set()
         self.aborted = asyncio.Event()
+        self.deaf = 0  # aborts that find nothing to abort
 
     def group(self, prompt: Prompt, versions: list[int]) -> RolloutGroup:
         flat = prompt.token_ids[0] in self.no_signal
@@ -114,7 +116,10 @@ def producer(world: World, updates: int = 1, **settings: Any) -> Iterator[Rollou
         await asyncio.sleep(0)
 
     def abort() -> None:
-        world.aborted.set()
+        if world.deaf:
+            world.deaf -= 1
+        else:
+            world.aborted.set()
 
     with RolloutProducer(
         config,
@@ -255,6 +260,17 @@ def test_what_is_kept_over_a_restart_is_never_too_old() -> None:
             groups = made.take()
             assert groups is not None and numbers(groups)[:2] == [0, 3]
             assert all((r.weight_versions[0] == 0) is goes_on for g in groups[:2] for r in g.rollouts)
+
+
+def test_a_cut_aborts_until_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that still computes a prompt begins its samples after the first abort."""
+    monkeypatch.setattr(producer_module, "_ABORT_S", 0.01)
+    world = World()
+    world.slow, world.deaf = {0}, 2
+    with producer(world, over_sampling=1.25) as made:
+        made.synced(0)
+        assert numbers(made.take()) == [1, 2, 3, 4]
+        assert world.aborted.is_set() and world.deaf == 0 and made.counts.tokens > 0
 
 
 def test_a_stop_takes_nothing() -> None:

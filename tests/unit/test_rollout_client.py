@@ -49,8 +49,13 @@ def answer(ids: list[int], version: str = "3") -> dict[str, Any]:
 
 async def echo(request: web.Request) -> web.Response:
     """Answers each sample with the first token of its prompt, three times."""
-    body = await request.json()
-    return web.json_response([answer([ids[0]] * 3) for ids in body["input_ids"]])
+    return web.json_response([answer([ids[0]] * 3) for ids in inputs_of(await request.json())])
+
+
+def inputs_of(body: dict[str, Any]) -> list[list[int]]:
+    """Of each sample that is asked for."""
+    parameters, inputs = body["sampling_params"], body["input_ids"]
+    return inputs if isinstance(parameters, list) else [ids for ids in inputs for _ in range(parameters.get("n", 1))]
 
 
 @dataclass
@@ -220,7 +225,7 @@ def test_an_aborted_sample_goes_on_where_it_was() -> None:
     async def abort_the_second(request: web.Request) -> web.StreamResponse:
         body = await request.json()
         asked.append(body)
-        answers = [answer([7, 8, 9][: 3 - len(ids) + 2], str(len(asked))) for ids in body["input_ids"]]
+        answers = [answer([7, 8, 9][: 3 - len(ids) + 2], str(len(asked))) for ids in inputs_of(body)]
         if len(asked) == 1:
             answers[1] = answer([5], "1")
             answers[1]["meta_info"]["finish_reason"] = {"type": "abort"}
@@ -241,12 +246,12 @@ def test_what_was_sampled_is_kept_over_a_stop_and_dropped_when_too_old() -> None
 
     async def abort_first(request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        asked.append(body["input_ids"])
+        asked.append(inputs_of(body))
         await stopped.wait()
         aborted = answer([5], "1")
         aborted["meta_info"]["finish_reason"] = {"type": "abort"}
         ended = answer([7, 8], "4")
-        return web.json_response([aborted if len(asked) == 1 else ended for _ in body["input_ids"]])
+        return web.json_response([aborted if len(asked) == 1 else ended for _ in inputs_of(body)])
 
     async def stop_and_go_on(client: RolloutClient, fleet: Fleet) -> RolloutGroup:
         sampler = GroupSampler(PROMPTS[0], 2, SAMPLING)
@@ -275,14 +280,18 @@ def test_what_was_sampled_is_kept_over_a_stop_and_dropped_when_too_old() -> None
 
 def test_only_the_temperature_shapes_the_distribution() -> None:
     body = request_body([[10, 20]] * 2, SAMPLING)
-    assert body["input_ids"] == [[10, 20], [10, 20]] and body["return_logprob"] is True
+    assert body["input_ids"] == [[10, 20]] and body["return_logprob"] is True
     parameters = body["sampling_params"]
+    assert parameters["n"] == 2
     assert parameters["temperature"] == 0.7 and parameters["max_new_tokens"] == 3
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert "stop" not in parameters
     stop = SamplingConfig(max_new_tokens=3, stop=["\n"])
-    seeded = request_body([[10, 20]] * 2, SAMPLING, [3, 4], [7, 8])["sampling_params"]
-    assert [(one["max_new_tokens"], one["sampling_seed"]) for one in seeded] == [(3, 7), (4, 8)]
+    seeded = request_body([[10, 20]] * 2, SAMPLING, [3, 4], [7, 8])
+    assert seeded["input_ids"] == [[10, 20]] * 2
+    assert [(one["max_new_tokens"], one["sampling_seed"]) for one in seeded["sampling_params"]] == [(3, 7), (4, 8)]
+    other = request_body([[10, 20], [10, 21]], SAMPLING)
+    assert other["input_ids"] == [[10, 20], [10, 21]] and "n" not in other["sampling_params"]
     assert request_body([[10, 20]], stop)["sampling_params"]["stop"] == ["\n"]
 
 
