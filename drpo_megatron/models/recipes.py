@@ -11,7 +11,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Written last into a model directory. A directory without it is not a recipe's finished work.
 MARKER = ".recipe"
@@ -85,7 +88,18 @@ def tiny_qwen3(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+        _fill_padding_row_(model)
     model.to(getattr(torch, dtype)).save_pretrained(out_dir)
+
+
+def _fill_padding_row_(model: PreTrainedModel) -> None:
+    """transformers makes the padding token's embedding zero. Here that token is sampled, and then an input: the first
+    RMSNorm multiplies the gradient of a zero row by 1/√eps, and one such token would be the whole gradient norm.
+    """
+    import torch
+
+    embedding_VH = model.get_input_embeddings().weight
+    torch.nn.init.normal_(embedding_VH[model.config.pad_token_id], std=model.config.initializer_range)
 
 
 def tiny_qwen3_blocks(out_dir: Path, seed: int = 1) -> None:
@@ -129,6 +143,7 @@ def tiny_qwen3_moe(out_dir: Path, seed: int = 1) -> None:
             if name.endswith(".gate.weight"):
                 # Routers that choose differently for different tokens.
                 torch.nn.init.normal_(parameter, std=0.5)
+        _fill_padding_row_(model)
     model.to(torch.float32).save_pretrained(out_dir)
 
 
