@@ -1,7 +1,8 @@
 """Train one recipe by TRL's GRPO and by this project, one after the other, and record both under docs/results/trl.*.
 
     make peers
-    python tools/compare_trl.py --steps 8 trl drpo
+    python tools/compare_trl.py --steps 20 trl drpo
+    python tools/compare_trl.py --steps 40 drpo-ahead
 
 Each row of ROWS that is named is measured and kept as DIRECTORY/NAME.json; the page is of all rows that are there
 (without a name it is only written again). Both sides have the two cores of the machine for themselves, so nothing else
@@ -42,6 +43,7 @@ WARM_UP = 2  # steps that are left out
 LOOK_EVERY_S = 1.0
 BUSY_S = 3.0
 GOAL = 3.0
+SMOOTH = 5  # steps of a mean reward: one step's is that of 64 samples
 
 EQUAL = (
     *("algorithm.loss=grpo", "algorithm.loss_args={}"),
@@ -249,12 +251,28 @@ COLUMNS = (
     "memory, GiB",
     "cores busy before",
     "steps",
+    "at TRL's last reward after",
     "reward of each step from the first",
 )
 
 
+def smoothed(curve: list[dict[str, float]]) -> list[tuple[int, float, float]]:
+    """(steps, seconds, mean reward of the last SMOOTH steps) from step SMOOTH on."""
+    return [
+        (end, curve[end - 1]["s"], sum(point["reward"] for point in curve[end - SMOOTH : end]) / SMOOTH)
+        for end in range(SMOOTH, len(curve) + 1)
+    ]
+
+
+def reaches(curve: list[dict[str, float]], level: float) -> str:
+    """When the mean reward is first at `level`."""
+    there = next(((steps, seconds) for steps, seconds, reward in smoothed(curve) if reward >= level), None)
+    return "–" if there is None else f"{there[1]:.0f} s, {there[0]} steps"
+
+
 def table(rows: dict[str, Any]) -> list[str]:
     base = rows["trl"]["samples_per_s"]["value"]
+    level = smoothed(rows["trl"]["curve"])[-1][2]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name, row in rows.items():
         cells = (
@@ -266,6 +284,7 @@ def table(rows: dict[str, Any]) -> list[str]:
             f"{row['memory_gib']:.2f}",
             f"{row['busy_cores']:.2f}",
             str(row["steps"]),
+            reaches(row["curve"], level),
             " ".join(f"{point['reward']:.2f}" for point in row["curve"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -285,6 +304,8 @@ def verdict(rows: dict[str, Any]) -> list[str]:
         f"{word}.",
         f"Its step is {verbs}.",
         *([f"Rows that reach it, by speed alone: {', '.join(reached)}."] if reached else []),
+        f"TRL's mean reward of its last {SMOOTH} steps is {smoothed(rows['trl']['curve'])[-1][2]:.2f}. The table says",
+        f"when the mean of a row's {SMOOTH} latest steps is first as high.",
     ]
 
 
@@ -354,8 +375,8 @@ def main() -> None:
     parsed = parser.parse_args()
     if unknown := set(parsed.names) - set(ROWS):
         parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    if parsed.steps <= WARM_UP:
-        parser.error(f"--steps must be above {WARM_UP}, the steps that are left out")
+    if parsed.steps < SMOOTH:
+        parser.error(f"--steps must be at least {SMOOTH}, the steps of a mean reward")
     parsed.directory.mkdir(parents=True, exist_ok=True)
     for name in parsed.names:
         result = measure(name, parsed.steps, parsed.directory.resolve())

@@ -81,11 +81,19 @@ def test_memory_is_that_of_the_process_and_of_what_it_started() -> None:
 @pytest.mark.parametrize(("seconds", "says"), [(10.0, "4.00 times"), (20.0, "2.00 times")])
 def test_the_page_says_whether_the_goal_holds(seconds: float, says: str) -> None:
     rows = {
-        "trl": compare_trl.figures(measured([40.0] * 4)),
-        "drpo": compare_trl.figures(measured([seconds] * 4)),
+        "trl": compare_trl.figures(measured([40.0] * 6)),
+        "drpo": compare_trl.figures(measured([seconds] * 6)),
     }
     machine = {"cores": 2, "cpu": "x86_64", "python": "3.12"}
     text = compare_trl.page({"machine": machine, "versions": {"trl": "1"}, "rows": rows})
     assert says in text
     assert ("**does not hold**" in text) == (seconds == 20.0)
     assert f"| {40 / seconds:.2f}× |" in text
+
+
+def test_when_a_reward_is_reached() -> None:
+    curve = [{"s": 10.0 * (n + 1), "reward": reward} for n, reward in enumerate([0, 0, 0, 0, 1, 1, 1, 0, 1])]
+    assert [(steps, round(mean, 3)) for steps, _, mean in compare_trl.smoothed(curve)] == [
+        *((5, 0.2), (6, 0.4), (7, 0.6), (8, 0.6), (9, 0.8))
+    ]
+    assert compare_trl.reaches(curve, 0.5) == "70 s, 7 steps" and compare_trl.reaches(curve, 0.9) == "–"
