@@ -7,11 +7,10 @@ With --check nothing is written, and the exit code is 1 when the page is not wha
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import tables
 
 from drpo_megatron.config import load_config
 from drpo_megatron.models.hf_config import HFModelConfig
@@ -204,25 +203,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def written(page: str) -> str:
-    """`page` with the tables between `<!-- plan:NAME -->` and `<!-- end -->` made anew. KeyError for unknown names."""
-
-    def one(match: re.Match[str]) -> str:
-        return f"<!-- plan:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- plan:(\w+) -->\n.*?<!-- end -->", one, page, flags=re.DOTALL)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parsed = parser.parse_args()
-    page = PAGE.read_text()
-    made = written(page)
-    if parsed.check:
-        sys.exit(made != page)
-    PAGE.write_text(made)
-
-
 if __name__ == "__main__":
-    main()
+    tables.main(PAGE, TABLES, __doc__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -476,13 +475,3 @@ def test_the_bench_measures_layouts_that_exist(layout: bench_plan.Layout, tmp_pa
     assert config.layout.world_size == layout.ranks <= 4
     assert config.layout.layers_per_stage(8)
     assert len({one.name for one in bench_plan.LAYOUTS}) == len(bench_plan.LAYOUTS) >= 8
-
-
-def test_the_scaling_page_is_what_its_script_writes() -> None:
-    spec = importlib.util.spec_from_file_location("scaling_page", ROOT / "tools" / "scaling_page.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    page = script.PAGE.read_text()
-    assert set(re.findall(r"<!-- plan:(\w+) -->", page)) == set(script.TABLES)
-    assert script.written(page) == page, "python tools/scaling_page.py"
