@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # wandb waits for its servers this long at the start and at the end of a run.
 WANDB_TIMEOUT_S = 60.0
 
-TOTALS = {"total/tokens": "perf/tokens_per_s", "total/seconds": None}
-"""Sums over the steps of a run, x-axes besides the step: each is a rate of the step (None: 1) times its seconds."""
+TOTALS = {"total/tokens": "train/tokens", "total/seconds": "perf/step_s"}
+"""Sums over the steps of a run, x-axes besides the step, by the metric of a step that they sum."""
 
 SAMPLE_COLUMNS = ("prompt", "response", "reward", "advantage", "tokens", "finish_reason")
 
@@ -60,9 +60,8 @@ class Tracker:
         """Write one step, with the totals up to it. `time` is Unix time in seconds; a value that is not finite is null
         in metrics.jsonl.
         """
-        step_s = metrics.get("perf/step_s", 0.0)
-        for total, rate in TOTALS.items():
-            self._totals[total] += step_s * (metrics.get(rate, 0.0) if rate else 1.0)
+        for total, of_step in TOTALS.items():
+            self._totals[total] += metrics.get(of_step, 0.0)
         metrics = {**metrics, **self._totals}
         line: dict[str, float | None] = {"step": step, "time": time.time()}
         line |= {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}

@@ -88,6 +88,7 @@ def _performance(
     generate_s = verb_seconds["generate"] if config.rollout.schedule == "synchronous" else step_s
     flops_per_s_rank = sum(update.flops for update in updates) / verb_seconds["train"] / config.layout.world_size
     return {f"perf/{verb}_s": seconds for verb, seconds in verb_seconds.items()} | {
+        "train/tokens": float(sum(lengths)),
         "perf/step_s": step_s,
         "perf/tokens_per_s": sum(lengths) / step_s,
         "perf/samples_per_s": len(rollouts) / step_s,

@@ -35,6 +35,7 @@ METRICS = {
     "mismatch/abs_dlogp_max": 3e-5,
     "perf/step_s": 2.0,
     "perf/train_s": 1.5,
+    "train/tokens": 200.0,
     "perf/tokens_per_s": 100.0,
     "perf/generate_tokens_per_s": 400.0,
 }
@@ -74,6 +75,15 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         tracker.log(2, METRICS)
     rows = read_metrics(tmp_path / "test")
     assert [(r["step"], r["total/tokens"], r["total/seconds"]) for r in rows] == [(0, 200, 2), (1, 400, 4), (2, 600, 6)]
+
+
+def test_the_tokens_of_a_run_do_not_depend_on_its_seconds(tmp_path: Path) -> None:
+    """A rate times its seconds is not the count it was made of, and runs that are equal to the bit differed."""
+    seconds = 1 + 15 / 11
+    assert 160 / seconds * seconds != 160
+    with Tracker(run_config(tmp_path, tensorboard=False)) as tracker:
+        tracker.log(0, {"train/tokens": 160.0, "perf/tokens_per_s": 160 / seconds, "perf/step_s": seconds})
+    assert [row["total/tokens"] for row in read_metrics(tmp_path / "test")] == [160.0]
 
 
 def test_tensorboard_shows_samples_configuration_and_code(tmp_path: Path) -> None:
