@@ -145,15 +145,20 @@ def check_profile(directory: Path, step: int) -> None:
     for rank in (0, 1):
         stem = f"step_{step:06d}_rank_{rank}"
         assert {path.stem for path in directory.glob(f"{stem}_*.json")} == {f"{stem}_{verb}" for verb in verbs}
+        traced: set[str] = set()
         for verb in verbs:
             events = json.loads((directory / f"{stem}_{verb}.json").read_text())["traceEvents"]
             names = {event.get("name") for event in events}
+            traced |= names
             assert verb.removesuffix("_2") in names
             assert ("aten::mm" in names) == verb.startswith(("train", "sync")), verb  # the probe after a sync
         summary = (directory / f"{stem}.txt").read_text()
         first, operations = summary.split("operations on the CPU", 1)
         assert f"step {step}, rank {rank}" in first and all(f"\n{verb} " in first for verb in verbs - {"train_2"})
-        assert "aten::mm\n" in operations and len(operations.strip().splitlines()) == 12
+        rows = [line.split() for line in operations.strip().splitlines()[2:]]
+        assert len(rows) == 10 and {row[-1] for row in rows} <= traced
+        own_ms = [float(row[0]) for row in rows]
+        assert own_ms == sorted(own_ms, reverse=True) and own_ms[0] > 0
     assert len(list(directory.iterdir())) == 2 * (len(verbs) + 1), "of one step alone"
 
 
