@@ -19,6 +19,7 @@ from drpo_megatron.evaluation.during_training import TrainingEvaluation, results
 from drpo_megatron.evaluation.sets import OpenSet, open_sets
 from drpo_megatron.rollout import client as client_module
 from drpo_megatron.rollout.errors import GenerationError, ServerDied
+from tests.unit.test_rollout_client import inputs_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 VERSION = 5
@@ -58,7 +59,7 @@ class Scripted:
         self.bodies.append(body)
         # the later in the set, the earlier it comes back
         time.sleep(self.delay_s or 0.02 * (6 - len(self.bodies)) * (len(self.bodies) < 6))
-        texts = [chr(ids[0]) * 4 if number == 0 else "9999" for number, ids in enumerate(body["input_ids"])]
+        texts = [chr(ids[0]) * 4 if number == 0 else "9999" for number, ids in enumerate(inputs_of(body))]
         return [
             {
                 "output_ids": [ord(c) for c in text],
@@ -121,7 +122,7 @@ def test_answers_in_the_order_of_the_prompts(servers: Scripted) -> None:
     assert seen[-1] == 6
     for body in servers.bodies:
         parameters = body["sampling_params"]
-        assert (parameters["temperature"], parameters["max_new_tokens"], len(body["input_ids"])) == (0.5, 7, 3)
+        assert (parameters["temperature"], parameters["max_new_tokens"], len(inputs_of(body))) == (0.5, 7, 3)
         assert "sampling_seed" not in parameters
 
 
