@@ -153,4 +153,5 @@ def _prepare(config: RunConfig, cluster: ClusterConfig, resume: bool) -> None:
     (state / "cluster.yaml").write_text(yaml.safe_dump(cluster.model_dump(mode="json"), sort_keys=False))
     if cluster.rollout:
         with os.fdopen(os.open(state / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
+            # Letters and digits alone: SGLang takes a key that begins with "-" for an argument.
+            file.write(secrets.token_hex(32) + "\n")

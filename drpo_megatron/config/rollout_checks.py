@@ -101,11 +101,18 @@ def _addresses(config: RunConfig) -> Iterator[str]:
             f"rollout.server.count: is {server.count}, and with rollout.server.addresses no server is started here; "
             "remove one of them"
         )
-    if server.api_key_env is not None and not os.environ.get(server.api_key_env):
-        yield (
-            f"rollout.server.api_key_env: the environment has no variable {server.api_key_env}; export it with a key "
-            "of your own"
-        )
+    if server.api_key_env is not None:
+        key = os.environ.get(server.api_key_env)
+        if not key:
+            yield (
+                f"rollout.server.api_key_env: the environment has no variable {server.api_key_env}; export it with a "
+                "key of your own"
+            )
+        elif key.startswith("-") and not server.addresses:
+            yield (
+                f"rollout.server.api_key_env: the key in {server.api_key_env} begins with '-', and SGLang would take "
+                "it for an argument; choose another"
+            )
     if server.api_key_env is None and (elsewhere or not is_loopback(server.host)):
         yield (
             "rollout.server.api_key_env: is required for servers that listen on more than loopback, because whoever "

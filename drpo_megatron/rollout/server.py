@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -233,7 +234,8 @@ class SGLangServer:
             return []
         self._key_path.unlink(missing_ok=True)
         with os.fdopen(os.open(self._key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"api-key: {self._api_key}\n")
+            # As a JSON string, or YAML would make a number or a truth value of some keys.
+            file.write(f"api-key: {json.dumps(self._api_key)}\n")
         return ["--config", str(self._key_path)]
 
 

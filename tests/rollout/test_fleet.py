@@ -94,7 +94,7 @@ def wait_for(condition: Callable[[], bool], fleet: Fleet) -> None:
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     path = tmp_path_factory.mktemp("qwen3")
     model = tiny_models.write("qwen3", path)
-    key = os.environ[KEY_VARIABLE] = "a key of this test"
+    key = os.environ[KEY_VARIABLE] = "a key: of this test # 12"
     server = ServerConfig(count=2, start_timeout_s=300, health_timeout_s=8, max_restarts=9, api_key_env=KEY_VARIABLE)
     config = RolloutConfig(
         prompts_per_step=4, samples_per_prompt=4, sampling=SAMPLING, server=server, request_timeout_s=120

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_bad_node_and_a_requeue_in_the_middle(site: Site) -> None:
     site.wait(lambda: len(site.metrics("requeued")) > 1, "requeued", "the second step")
     assert "NodeList=node[2-3]" in site.cluster.run("scontrol", "show", "job", job)
     key = site.directory / "requeued" / "slurm" / "api_key"
-    assert key.stat().st_mode & 0o777 == 0o600
+    assert key.stat().st_mode & 0o777 == 0o600 and re.fullmatch(r"[0-9a-f]{64}\n", key.read_text())
     config = yaml.safe_load((site.directory / "requeued" / "config.yaml").read_text())
     assert len(config["rollout"]["server"]["addresses"]) == 1
     assert job in site.drpo("status", str(site.directory / "requeued"))

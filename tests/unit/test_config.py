@@ -278,6 +278,16 @@ def test_cross_checks(config_file: Path, model: Path, overrides: list[str], expe
     assert len(problems.splitlines()) == 1, problems
 
 
+def test_a_key_that_sglang_would_take_for_an_argument(
+    config_file: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRPO_KEY_OF_A_TEST", "-key")
+    settings = (f"model.path={model}", "rollout.server.api_key_env=DRPO_KEY_OF_A_TEST")
+    assert "begins with '-'" in problems_of(config_file, *settings, check=True)
+    elsewhere = ("rollout.server.addresses=[http://127.0.0.1:30000]",)
+    check_config(load_config(config_file, [*settings, *elsewhere]))
+
+
 def test_mixture_of_experts(config_file: Path, model: Path) -> None:
     """What only such a model may have, and which of them the rollout engine serves."""
     hf = json.loads((model / "config.json").read_text())
