@@ -5,9 +5,8 @@ two neighbours in time; for `ratio_to_gemm` the two alternate chunk by chunk. On
 them each. Memory is the growth of the process's peak over what it holds with inputs and gradients in place, each way in
 a process of its own. Figures without a bound are there to be read or drawn (`tools/record_bench.py`).
 
-The ratios to the bare products are taken with huge pages, as the launcher's ranks have them. The comparisons are taken
-with torch's default pages, where a way that allocates whole logits also pays for their pages, and once more with huge
-ones (`huge_pages_vs_*`).
+Host memory has torch's default pages, where a way that allocates whole logits also pays for their pages. The launcher's
+ranks ask for huge ones: with them the other ways are compared once more (`huge_pages_vs_*`).
 
 TRL and verl are installed beside the product's packages, for this bench only (`make peers`).
 """
@@ -47,10 +46,7 @@ def measure() -> dict[str, Figure]:
     # A pass at the larger hidden size is ten pairs of chunks of many seconds each.
     counts = dict(zip(HIDDEN, (REPETITIONS, LARGE_REPETITIONS), strict=True))
     tp1, tp2 = (
-        [
-            run_worker(ranks, "ratio", hidden=hidden, repetitions=count, huge_pages=True)["ratio"]
-            for hidden, count in counts.items()
-        ]
+        [run_worker(ranks, "ratio", hidden=hidden, repetitions=count)["ratio"] for hidden, count in counts.items()]
         for ranks in (1, 2)
     )
     ways = run_worker(1, "ways", hidden=small)
@@ -176,7 +172,7 @@ def _sparse(directory: Path, threads: int) -> dict[str, list[float]]:
         check=True,
         stdout=sys.stderr,
     )
-    return run_worker(1, "sparse", hidden=0, problem=problem, huge_pages=True)
+    return run_worker(1, "sparse", hidden=0, problem=problem)
 
 
 def _worst(samples_by_shape: Sequence[Sequence[float]], must: str) -> Figure:

@@ -9,8 +9,9 @@ from typing import Any
 
 from drpo_megatron.report.run_files import RunFiles, config_differences
 
-MEASURED = ("time", "perf/", "memory/", "sync/seconds", "save/stall_s", "total/seconds")
-"""Seconds, rates and bytes of the machine: never the same twice, and no part of what was computed."""
+MEASURED = ("time", "perf/", "memory/", "sync/seconds", "save/stall_s", "total/seconds", "rollout/groups_ready")
+"""Seconds, rates and bytes of the machine, and how far the servers are at the moment of logging: never the same twice,
+and no part of what was computed."""
 
 _CAUSES = ("rollout/", "response/", "reward/", "staleness/", "router/", "mismatch/", "ratio/", "policy/", "drpo/")
 _EFFECTS = ("loss/", "moe/", "fp8/", "grad_norm", "lr", "train/", "pack/", "sync/")

@@ -29,7 +29,8 @@ from drpo_megatron.rollout.snapshot import group_from, group_state
 log = logging.getLogger(__name__)
 
 _STOP_S = 0.2  # until a stop is noticed
-_ABORTS, _ABORT_S = 60, 1.0  # how often requests are aborted, and the time to come back with what they have
+_ABORT_S = 60.0  # for aborted requests to come back with what they have
+_ABORT_EVERY_S = 1.0
 
 
 class Sampler(Protocol):
@@ -331,13 +332,11 @@ class RolloutProducer:
         for task in cut:
             self._running[task].cut = True
         self._client.stopped = True
-        running = set(cut)
-        for _ in range(_ABORTS):
-            # Again, because a server that was computing the prompt of a group begins its samples only now.
+        running, deadline = set(cut), self._loop.time() + _ABORT_S
+        while running and self._loop.time() < deadline:
+            # Again, because a server that was computing the prompt of a group begins its samples after an abort.
             await asyncio.to_thread(self._abort)
-            _, running = await asyncio.wait(running, timeout=_ABORT_S)
-            if not running:
-                break
+            _, running = await asyncio.wait(running, timeout=_ABORT_EVERY_S)
         await self._cancel(cut)
         self._client.stopped = False
         self.counts.carried = len(self._queue)

@@ -11,12 +11,14 @@ from typing import Any
 import psutil
 import pytest
 
+from drpo_megatron.report.parting import MEASURED
+
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 # Of servers, of the clock, and of the process: not functions of the rollouts.
-ELSEWHERE = ("time", "perf/", "sync/", "rollout/", "memory/", "total/seconds")
+ELSEWHERE = (*MEASURED, "sync/", "rollout/")
 
 
 def drpo(verb: str, directory: Path, name: str, *words: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from drpo_megatron.report.parting import MEASURED
 from tests.end_to_end.test_train import LIMIT_S, command, descendants, left_over, metrics, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -23,12 +24,10 @@ SETTINGS = (
     "save.every=2",
     "save.hf_every=4",
 )
-# groups_ready is how far the servers are at the moment of logging.
-TIMES = ("perf/", "time", "memory/", "sync/seconds", "save/stall_s", "total/seconds", "rollout/groups_ready")
 
 
 def without_times(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in step.items() if not k.startswith(TIMES)} for step in steps]
+    return [{k: v for k, v in step.items() if not k.startswith(MEASURED)} for step in steps]
 
 
 def train(directory: Path, *arguments: str) -> None:

@@ -264,7 +264,7 @@ def test_what_is_kept_over_a_restart_is_never_too_old() -> None:
 
 def test_a_cut_aborts_until_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that still computes a prompt begins its samples after the first abort."""
-    monkeypatch.setattr(producer_module, "_ABORT_S", 0.01)
+    monkeypatch.setattr(producer_module, "_ABORT_EVERY_S", 0.01)
     world = World()
     world.slow, world.deaf = {0}, 2
     with producer(world, over_sampling=1.25) as made:

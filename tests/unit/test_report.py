@@ -40,6 +40,7 @@ def test_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "memory/peak_gb": 3.0,
         "sync/seconds": 1.0,
         "total/seconds": 9.0,
+        "rollout/groups_ready": 6.0,
     }
     rows = [metrics(step, **measured) for step in range(5)]
     b = write_run(tmp_path / "b", rows, config={"seed": 1})

@@ -128,7 +128,7 @@ def test_verifiers_of_the_package_fit_into_a_small_part_of_the_default() -> None
 
 @pytest.mark.parametrize("memory_mb", [20, 60, 100])
 def test_a_limit_below_what_the_verifier_takes_is_named(memory_mb: int) -> None:
-    """One fails in Python's allocator, one in the dynamic loader; numpy turns that into an error about its sources."""
+    """They fail in Python's allocator or in the dynamic loader; numpy turns that into an error about its sources."""
     config = RewardConfig(type="reasoning_gym", memory_mb=memory_mb)
     data = DataConfig.model_validate({"source": {"type": "reasoning_gym", "task": "basic_arithmetic", "size": 5}})
     with (
