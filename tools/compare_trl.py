@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from drpo_megatron.bench.report import Figure as Measured
 from drpo_megatron.bench.report import machine
 from drpo_megatron.config.load import load_config
+from drpo_megatron.models.recipes import ensure_model
 from drpo_megatron.observability.curves import read_metrics
 from drpo_megatron.platform.process import processes
 from drpo_megatron.platform.versions import versions
@@ -378,6 +379,9 @@ def main() -> None:
     if parsed.steps < SMOOTH:
         parser.error(f"--steps must be at least {SMOOTH}, the steps of a mean reward")
     parsed.directory.mkdir(parents=True, exist_ok=True)
+    if parsed.names:
+        model = load_config(CONFIG).model
+        ensure_model(str(model.recipe), model.path)  # TRL's row reads it too, and may be the first
     for name in parsed.names:
         result = measure(name, parsed.steps, parsed.directory.resolve())
         (parsed.directory / f"{name}.json").write_text(json.dumps(result))

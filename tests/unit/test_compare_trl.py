@@ -97,3 +97,19 @@ def test_when_a_reward_is_reached() -> None:
         *((5, 0.2), (6, 0.4), (7, 0.6), (8, 0.6), (9, 0.8))
     ]
     assert compare_trl.reaches(curve, 0.5) == "70 s, 7 steps" and compare_trl.reaches(curve, 0.9) == "–"
+
+
+def test_the_model_is_made_before_the_first_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TRL's row reads the model that `drpo train` would make."""
+    called = []
+
+    def measure(name: str, *_: Any) -> Any:
+        called.append(name)
+        raise InterruptedError
+
+    monkeypatch.setattr(compare_trl, "ensure_model", lambda recipe, path: called.append(recipe))
+    monkeypatch.setattr(compare_trl, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["compare_trl", "trl", "--directory", str(tmp_path)])
+    with pytest.raises(InterruptedError):
+        compare_trl.main()
+    assert called == ["smollm2_135m", "trl"]
