@@ -45,7 +45,7 @@ settings: $(STAMP)
 layouts: $(STAMP)
 	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py tests/distributed/test_determinism.py \
 	  tests/distributed/test_routing_replay.py tests/distributed/test_large_models.py \
-	  tests/distributed/test_family_parity.py \
+	  tests/distributed/test_family_parity.py tests/distributed/test_optimizer_states.py \
 	  tests/rollout/test_sync_layouts.py tests/rollout/test_server.py
 
 # Every layout against one process: docs/results/parity.md.

@@ -10,6 +10,7 @@ import sys
 
 from drpo_megatron.commands import COMMANDS, EXIT_INTERRUPTED, EXIT_REFUSED
 from drpo_megatron.config import ConfigError
+from drpo_megatron.platform.quiet import hush_advice_for_gpus
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     if "" not in sys.path:  # as for the ranks, by `python -m`: `module:function` may lie in the working directory
         sys.path.insert(0, "")
+    hush_advice_for_gpus()
     try:
         sys.exit(parsed.run_command(parsed))
     except ConfigError as error:

@@ -50,9 +50,12 @@ def optimizer_kind(policy: Policy) -> dict[str, Any]:
     """What a checkpoint of this optimizer can be read into, by setting. Layouts may differ, this may not; without the
     distributed optimizer, experts of their own ranks have an optimizer of their own, and its state does not move.
     """
-    distributed = policy.config.optimizer.distributed
+    settings = policy.config.optimizer
+    distributed = settings.distributed
     return {
         "optimizer.distributed": distributed,
+        "optimizer.exp_avg_dtype": settings.exp_avg_dtype,
+        "optimizer.exp_avg_sq_dtype": settings.exp_avg_sq_dtype,
         "model.dtype": policy.config.model.dtype,
         "number of optimizers, which parallel.expert and optimizer.distributed decide": None
         if distributed
@@ -185,13 +188,19 @@ def _load_optimizer(policy: Policy, state: Any, steps: int) -> None:
         of_part["optimizer"] = part.state_dict()["optimizer"]
         for group in of_part["optimizer"]["param_groups"]:
             group["step"] = steps
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            copy = part._set_main_param_and_optimizer_states
+        copy, adamw = part._set_main_param_and_optimizer_states, isinstance(part.optimizer, torch.optim.AdamW)
+        if adamw:
             # It copies every tensor of the state, and has no count among what it read.
             part._set_main_param_and_optimizer_states = lambda p, tensors, copy=copy: copy(p, {"step": None} | tensors)
+        elif getattr(part.optimizer, "store_param_remainders", False):
+            # The low halves of main weights are int16. Megatron-Core writes their values as float32 and would read
+            # them so, which Transformer Engine refuses.
+            part._set_main_param_and_optimizer_states = lambda p, tensors, copy=copy: copy(
+                p, tensors | ({"param": tensors["param"].to(torch.int16)} if p.dtype == torch.bfloat16 else {})
+            )
         part.load_state_dict(of_part)
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            del part._set_main_param_and_optimizer_states
+        part.__dict__.pop("_set_main_param_and_optimizer_states", None)
+        if adamw:
             for of_parameter in part.optimizer.state.values():
                 # One tensor for all parameters would count a step for each of them.
                 of_parameter["step"] = of_parameter["step"].clone()

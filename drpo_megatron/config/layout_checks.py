@@ -1,4 +1,4 @@
-"""What the settings of layout, optimizer and server must satisfy together, beyond what one of them says alone.
+"""What the settings of layout and server must satisfy together, beyond what one of them says alone.
 
 Rules between the model and the trainer's layout are `models.hf_config.check_layout`; rules inside the layout are
 `platform.layout`. Each function yields one line a problem: `path.to.key: problem; what to do`.
@@ -14,27 +14,6 @@ from drpo_megatron.platform import determinism
 
 if TYPE_CHECKING:
     from drpo_megatron.models.hf_config import HFModelConfig
-
-
-def overlap_problems(config: RunConfig) -> Iterator[str]:
-    """Communication that is overlapped, and what it needs."""
-    optimizer = config.optimizer
-    if optimizer.overlap_param_gather and not optimizer.distributed:
-        yield (
-            "optimizer.overlap_param_gather: is true with optimizer.distributed = false, where every rank updates all "
-            "parameters and nothing is gathered; turn it off, or shard the optimizer"
-        )
-    if optimizer.overlap_param_gather and not optimizer.overlap_grad_reduce:
-        # Megatron-Core's buckets serve both directions, and without this they are one.
-        yield (
-            "optimizer.overlap_param_gather: is true with optimizer.overlap_grad_reduce = false, and parameters are "
-            "gathered by the buckets of the gradients; turn both on"
-        )
-    if optimizer.bucket_parameters is not None and not optimizer.overlap_grad_reduce:
-        yield (
-            f"optimizer.bucket_parameters: {optimizer.bucket_parameters} has no effect with "
-            "optimizer.overlap_grad_reduce = false, which reduces everything at once; remove it, or turn the overlap on"
-        )
 
 
 def determinism_problems(config: RunConfig) -> Iterator[str]:

@@ -106,11 +106,11 @@ def disk_needed(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Of all checkpoints that are kept, and the one that is written before the oldest goes."""
-    from drpo_megatron.models.memory import state_memory
+    from drpo_megatron.models.memory import AdamBytes, state_memory
 
     if not config.save.every:
         return 0
-    of_one = state_memory(_parameters(config), _parameter_bytes(config), shards=1)
+    of_one = state_memory(_parameters(config), _parameter_bytes(config), shards=1, adam=AdamBytes.of(config))
     return (config.save.keep + config.save.keep_best + 1) * (of_one.weights + of_one.optimizer)
 
 

@@ -12,12 +12,33 @@ from drpo_megatron.platform.layout import ParallelLayout
 if TYPE_CHECKING:  # `drpo plan` counts without building anything, and does without torch
     import torch
 
+    from drpo_megatron.config.schema import RunConfig
+
 # grad_reduce_in_fp32 of the data-parallel wrapper.
 _GRADIENT_BYTES = 4
-# Two Adam moments in float32.
-_MOMENT_BYTES = 8
-_MAIN_WEIGHT_BYTES = 4
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 _FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class AdamBytes:
+    """Bytes a parameter: its main weight, where it is not float32 itself, and both moments. FP8 moments have a scale a
+    tensor, which is not counted.
+    """
+
+    main_weight: int = 4
+    moments: int = 8
+
+    @classmethod
+    def of(cls, config: RunConfig) -> AdamBytes:
+        optimizer, fp8 = config.optimizer, config.fp8
+        moments = _MOMENT_BYTES[optimizer.exp_avg_dtype] + _MOMENT_BYTES[optimizer.exp_avg_sq_dtype]
+        # Megatron-Core keeps whole main weights for parameters that the other FP8 recipes quantize.
+        remainders = optimizer.reduced_state and (fp8.recipe in (None, "delayed") or fp8.backend == "emulate")
+        return cls(main_weight=2 if remainders else 4, moments=moments)
+
+
+FLOAT32_ADAM = AdamBytes()
 
 
 @dataclass(frozen=True)
@@ -52,13 +73,13 @@ def optimizer_shards(layout: ParallelLayout, expert: bool) -> int:
     return dense_ranks // (layout.expert * layout.expert_tensor) if expert else layout.context * layout.data
 
 
-def state_memory(elements: int, weight_bytes: int, shards: int) -> ModelStateMemory:
+def state_memory(elements: int, weight_bytes: int, shards: int, adam: AdamBytes = FLOAT32_ADAM) -> ModelStateMemory:
     """Bytes of `elements` parameters of `weight_bytes` each, whose optimizer state is divided over `shards` ranks.
 
-    Adam with float32 main weights and main gradients; a float32 parameter is its own main weight.
+    Main gradients are float32; a float32 parameter is its own main weight.
     """
-    main_weight = 0 if weight_bytes == _FLOAT32_BYTES else _MAIN_WEIGHT_BYTES
-    optimizer = elements * (main_weight + _MOMENT_BYTES) / shards
+    main_weight = 0 if weight_bytes == _FLOAT32_BYTES else adam.main_weight
+    optimizer = elements * (main_weight + adam.moments) / shards
     return ModelStateMemory(elements * weight_bytes, elements * _GRADIENT_BYTES, round(optimizer))
 
 

@@ -57,9 +57,10 @@ def _trainer(plan: Plan, hf: HFModelConfig, kernels: Kernels) -> str:
 
 
 def _trainer_changes(config: RunConfig) -> Iterator[Changes]:
-    """What costs least time first: nothing, recomputation, smaller micro-batches, then more ranks."""
+    """What costs least first: nothing, recomputation, smaller micro-batches, coarser moments, then more ranks."""
     parallel = config.parallel
-    if not config.optimizer.distributed:
+    optimizer = config.optimizer
+    if not optimizer.distributed:
         yield {"optimizer.distributed": True}
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
@@ -68,6 +69,8 @@ def _trainer_changes(config: RunConfig) -> Iterator[Changes]:
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     if config.training.tokens_per_micro_batch > longest:
         yield {"training.tokens_per_micro_batch": longest}
+    if optimizer.distributed and config.model.dtype == "bfloat16" and not optimizer.reduced_state:
+        yield {"optimizer.exp_avg_dtype": "bfloat16", "optimizer.exp_avg_sq_dtype": "bfloat16"}
     for key in ("data", "expert", "context", "tensor", "pipeline"):
         changes: Changes = {f"parallel.{key}": 2 * getattr(parallel, key)}
         if key == "tensor":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.hf_config import HFModelConfig
-from drpo_megatron.models.memory import ModelStateMemory
+from drpo_megatron.models.memory import AdamBytes, ModelStateMemory
 from drpo_megatron.plan.activations import ActivationModel, Kernels, StagePeak, loss_bytes, stage_peak
 from drpo_megatron.plan.assumptions import Assumptions
 from drpo_megatron.plan.devices import Device
@@ -71,7 +71,7 @@ def trainer_memory(
             TrainerMemory(
                 stage,
                 elements,
-                states_of(elements, layout, element, config.optimizer.distributed),
+                states_of(elements, layout, element, config.optimizer.distributed, AdamBytes.of(config)),
                 stage_peak(activations, stage, config.model.recompute, tokens, loss, workload.micro_batches(layout)),
                 sync=_BUCKET_COPIES * config.sync.bucket_mb * 2**20,
                 reserved=assumptions.reserved_gb * 1e9,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drpo_megatron.models.hf_config import HFModelConfig, padded_vocab_size
-from drpo_megatron.models.memory import ModelStateMemory, optimizer_shards, state_memory
+from drpo_megatron.models.memory import FLOAT32_ADAM, AdamBytes, ModelStateMemory, optimizer_shards, state_memory
 from drpo_megatron.platform.layout import ParallelLayout
 
 EXPERTS = "experts"
@@ -103,11 +103,15 @@ def total_parameters(hf: HFModelConfig) -> int:
 
 
 def states_of(
-    elements: Counter[str], layout: ParallelLayout, weight_bytes: int, distributed_optimizer: bool
+    elements: Counter[str],
+    layout: ParallelLayout,
+    weight_bytes: int,
+    distributed_optimizer: bool,
+    adam: AdamBytes = FLOAT32_ADAM,
 ) -> ModelStateMemory:
     """Weights, gradients and optimizer state of a rank with these elements."""
     by_shards: Counter[int] = Counter()
     for kind, number in elements.items():
         by_shards[optimizer_shards(layout, kind == EXPERTS) if distributed_optimizer else 1] += number
-    parts: Sequence[ModelStateMemory] = [state_memory(n, weight_bytes, shards) for shards, n in by_shards.items()]
+    parts: Sequence[ModelStateMemory] = [state_memory(n, weight_bytes, shards, adam) for shards, n in by_shards.items()]
     return sum(parts, ModelStateMemory(0, 0, 0))

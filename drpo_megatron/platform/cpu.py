@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from drpo_megatron.platform.quiet import hush_advice_for_gpus
+
 _CPU = torch.device("cpu")
 
 # Tensor factories with a `device` and often a `pin_memory` argument.
@@ -57,6 +59,7 @@ def activate() -> None:
     if _active:
         return
     _hide_cuda_only_packages()
+    hush_advice_for_gpus()
     _redirect_tensors()
     _redirect_cuda_module()
     _redirect_collectives()

@@ -17,6 +17,9 @@ from megatron.core.utils import get_model_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.fp8.recipes import uses_transformer_engine
 
+# Transformer Engine says uint8 for FP8.
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}
+
 
 def wrap_data_parallel(
     chunks: list[torch.nn.Module],
@@ -65,7 +68,10 @@ def wrap_data_parallel(
 def build_optimizer(
     config: RunConfig, chunks: list[torch.nn.Module]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with fp32 main weights, and its schedule counted in optimizer updates."""
+    """Adam with fp32 main weights, and its schedule counted in optimizer updates.
+
+    Moments below float32 have been run with stand-ins for Transformer Engine's kernels only, FP8 ones not at all.
+    """
     settings = config.optimizer
     dtype = getattr(torch, config.model.dtype)
     optimizer = get_megatron_optimizer(
@@ -83,6 +89,9 @@ def build_optimizer(
             use_distributed_optimizer=settings.distributed,
             overlap_param_gather=settings.overlap_param_gather,
             fp8_recipe=config.fp8.recipe if uses_transformer_engine(config.fp8) else None,
+            use_precision_aware_optimizer=settings.reduced_state,
+            exp_avg_dtype=_STATE_DTYPES[settings.exp_avg_dtype],
+            exp_avg_sq_dtype=_STATE_DTYPES[settings.exp_avg_sq_dtype],
         ),
         chunks,
     )
@@ -153,6 +162,12 @@ def apply_update(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[float,
     if clip_grad > 0:
         for part in parts:
             if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=clip_grad,
+                    total_norm=grad_norm,
+                    # Where Transformer Engine's Adam keeps the main weights, gradients of another dtype than `grad`.
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
     optimizer.step_with_ready_grads()
     return grad_norm, True

@@ -18,9 +18,14 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: one a rank"),
 ]
 
+BFLOAT16 = (("model.dtype", "bfloat16"),)
+BFLOAT16_MOMENTS = (("optimizer.exp_avg_dtype", "bfloat16"), ("optimizer.exp_avg_sq_dtype", "bfloat16"))
+FP8_MOMENTS = (("optimizer.exp_avg_dtype", "fp8"), ("optimizer.exp_avg_sq_dtype", "fp8"))
 CASES = [
-    Case("qwen3", {"data": 2}, ({"data": 2}, SP2), (("model.dtype", "bfloat16"),)),
-    Case("qwen3_moe", {"data": 2}, ({"data": 2}, {"data": 2, "expert": 2}), (("model.dtype", "bfloat16"),)),
+    Case("qwen3", {"data": 2}, ({"data": 2}, SP2), BFLOAT16),
+    Case("qwen3", {"data": 2}, ({"data": 2}, SP2), BFLOAT16 + BFLOAT16_MOMENTS),
+    Case("qwen3", {"data": 2}, ({"data": 2},), BFLOAT16 + FP8_MOMENTS),
+    Case("qwen3_moe", {"data": 2}, ({"data": 2}, {"data": 2, "expert": 2}), BFLOAT16),
 ]
 
 
