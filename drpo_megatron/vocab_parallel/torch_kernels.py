@@ -30,9 +30,10 @@ COLUMN_BLOCK = 8192
 """Columns of a product whose statistics are taken before the next: the logits are then still in the shared cache."""
 
 HEADROOM = 20.0
-"""m is the maximum of the first columns until a later logit exceeds it by this much: to raise m is to scale what is
-there, and exp(20) is far from the end of the range."""
+"""m is the maximum of the first columns until the exponentials of later ones sum up to exp(20), which is far from the
+end of the range: to raise m is to scale what is there."""
 
+_LARGEST_SUM = math.exp(HEADROOM)
 _LOG2_E = 1 / math.log(2)
 
 # exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(HEADROOM − 48) ≈ 7e-13 each:
@@ -70,20 +71,35 @@ def project(
         g_C.copy_(torch.where(here_C, block_CB.gather(1, local_C1).squeeze(1).to(dtype) / temperature, g_C))
         scratch_RB = logits_CV.new_empty(rows_per_block(block_CB.shape[1]), block_CB.shape[1], dtype=dtype)
         for rows in blocks(block_CB):
-            z_RB = block_CB[rows].to(dtype)  # the logits themselves unless they are of lower precision
-            if temperature != 1.0:
-                z_RB.div_(temperature)
-            top_R = torch.amax(z_RB, 1)
-            too_low_R = top_R > m_C[rows] + HEADROOM
+            # The logits themselves unless they are of lower precision.
+            z_RB = _divided(block_CB[rows].to(dtype), temperature)
+            if start == 0:
+                torch.amax(z_RB, 1, out=m_C[rows])
+            bits_RB = scratch_RB[: len(z_RB)]
+            sum_R = _exponentiate_from_(z_RB, m_C[rows], bits_RB)
+            too_low_R = sum_R > _LARGEST_SUM
             if bool(too_low_R.any()):
-                _raise_maximum_(stats_C4[rows], torch.where(too_low_R, top_R, m_C[rows]), logits_CV[rows, :start])
-            bits_RB = torch.sub(z_RB, m_C[rows, None], out=scratch_RB[: len(z_RB)]).mul_(_LOG2_E)
-            exp_RB = torch.exp2(bits_RB, out=z_RB)
-            s_C[rows] += exp_RB.sum(1)
-            q_C[rows] += bits_RB.mul_(exp_RB).sum(1) / _LOG2_E
-            if exponentiate and exp_RB.dtype != block_CB.dtype:
-                block_CB[rows] = exp_RB
+                # Rare, and the logits are gone: they are multiplied again rather than looked through each time.
+                torch.mm(hidden_CH[rows], weight_VH[columns].t(), out=block_CB[rows])
+                z_RB = _divided(block_CB[rows].to(dtype), temperature)
+                maximum_R = torch.where(too_low_R, torch.amax(z_RB, 1), m_C[rows])
+                _raise_maximum_(stats_C4[rows], maximum_R, logits_CV[rows, :start])
+                sum_R = _exponentiate_from_(z_RB, maximum_R, bits_RB)
+            s_C[rows] += sum_R
+            q_C[rows] += bits_RB.mul_(z_RB).sum(1) / _LOG2_E
+            if exponentiate and z_RB.dtype != block_CB.dtype:
+                block_CB[rows] = z_RB
     return stats_C4
+
+
+def _exponentiate_from_(z_RB: Tensor, maximum_R: Tensor, bits_RB: Tensor) -> Tensor:
+    """z to exp(z − maximum) in place, with the powers of two in `bits_RB`; the sums of the rows."""
+    torch.sub(z_RB, maximum_R[:, None], out=bits_RB).mul_(_LOG2_E)
+    return torch.exp2(bits_RB, out=z_RB).sum(1)
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _raise_maximum_(stats_R4: Tensor, maximum_R: Tensor, exponentials_RV: Tensor) -> None:
@@ -157,9 +173,7 @@ def blocks(matrix_CV: Tensor) -> Iterator[slice]:
 def _exponentiate_(logits_CV: Tensor, log_normalizer_C: Tensor, temperature: float) -> None:
     """Logits to probabilities, in place."""
     for rows in blocks(logits_CV):
-        z_BV = logits_CV[rows].to(log_normalizer_C.dtype)
-        if temperature != 1.0:
-            z_BV.div_(temperature)
+        z_BV = _divided(logits_CV[rows].to(log_normalizer_C.dtype), temperature)
         z_BV.sub_(log_normalizer_C[rows, None]).mul_(_LOG2_E).exp2_()
         if z_BV.dtype != logits_CV.dtype:
             logits_CV[rows] = z_BV
