@@ -5,7 +5,7 @@ They hold plain data only. `Prompt` and `Rollout` are what is dumped to `runs/NA
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # verifier processes and the configuration checks read records and do without torch
@@ -70,9 +70,11 @@ class Rollout:
         return self.finish_reason == "length"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the routed experts, which are many times the rest: `left_out` has their shape."""
-        record = asdict(replace(self, routed_experts=None))
-        del record["routed_experts"]
+        """Everything but the routed experts, which are many times the rest: `left_out` has their shape. The lists are
+        this rollout's own.
+        """
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "routed_experts"}
+        record["prompt"] = asdict(self.prompt)
         if self.routed_experts is not None:
             record["left_out"] = {"routed_experts": list(self.routed_experts.shape)}
         return record

@@ -66,8 +66,9 @@ class TokenStats:
 
     @staticmethod
     def from_matrix(matrix_FN: Tensor) -> TokenStats:
-        """Inverse of `matrix`."""
-        return TokenStats(**dict(zip([f.name for f in fields(TokenStats)], matrix_FN.unbind(), strict=True)))
+        """Inverse of `matrix`. Each field has its own memory: of views, every one would be pickled as the whole."""
+        rows = (row_N.clone() for row_N in matrix_FN)
+        return TokenStats(**dict(zip([f.name for f in fields(TokenStats)], rows, strict=True)))
 
 
 def summarize(stats: TokenStats, delta: float | None) -> dict[str, float]:

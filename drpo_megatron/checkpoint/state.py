@@ -40,6 +40,9 @@ from drpo_megatron.training.step import Policy
 # where they are divided over other ranks than the rest.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
+_KIND_BEFORE = {"optimizer.moments_dtype": "float32"}
+"""What holds of checkpoints that were written before there was the setting."""
+
 
 def _metadata() -> dict[str, Any]:
     """A copy for each call: Megatron-Core writes its process groups into it."""
@@ -54,8 +57,7 @@ def optimizer_kind(policy: Policy) -> dict[str, Any]:
     distributed = settings.distributed
     return {
         "optimizer.distributed": distributed,
-        "optimizer.exp_avg_dtype": settings.exp_avg_dtype,
-        "optimizer.exp_avg_sq_dtype": settings.exp_avg_sq_dtype,
+        "optimizer.moments_dtype": settings.moments_dtype,
         "model.dtype": policy.config.model.dtype,
         "number of optimizers, which parallel.expert and optimizer.distributed decide": None
         if distributed
@@ -158,9 +160,10 @@ def load(policy: Policy, directory: Path, *, same_layout: bool) -> bool:
         policy.optimizer.reload_model_params()
         return False
     for key, now in optimizer_kind(policy).items():
-        if content[key] != now:
+        written = content.get(key, _KIND_BEFORE.get(key))
+        if written != now:
             raise CheckpointError(
-                f"{directory} was written with {key} = {content[key]}, now it is {now}; set it as it was, or convert "
+                f"{directory} was written with {key} = {written}, now it is {now}; set it as it was, or convert "
                 "the checkpoint to a Hugging Face directory and start from that"
             )
     state = dist_checkpointing.load(_state(policy, is_loading=True, with_random=same_layout), str(directory))
@@ -210,7 +213,7 @@ def _optimizer_steps(policy: Policy) -> int:
     """Of Adam's bias correction: one each applied update."""
     for part in _parts(policy):
         for group in part.optimizer.param_groups:
-            if group.get("step"):
+            if "step" in group:
                 return int(group["step"])
         for of_parameter in part.optimizer.state.values():
             return int(of_parameter["step"])
@@ -279,9 +282,14 @@ def _give_state(part: DistributedOptimizer) -> None:
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0  # nor does it decay weights then
+        for parameter in group["params"]:
+            # Of an update that was skipped, perhaps not finite. Transformer Engine's Adam reads it before `grad`.
+            parameter.decoupled_grad = None
     part._init_optimizer_states_with_dummy_values()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+        for parameter in group["params"]:
+            parameter.grad = None
         if "step" in group:
             group["step"] = 0
     for of_parameter in part.optimizer.state.values():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 HELP = "Train in a SLURM job: check it here, and submit it."
 EXAMPLES = (
-    "drpo submit configs/qwen3-32b.yaml --cluster configs/clusters/example.yaml --dry-run",
-    "drpo submit configs/qwen3-32b.yaml --cluster configs/clusters/example.yaml --sweep optimizer.lr=1e-6,2e-6",
+    "drpo submit configs/llama3-70b.yaml --cluster configs/clusters/example.yaml --dry-run",
+    "drpo submit configs/quickstart.yaml --cluster configs/clusters/cpu.yaml --sweep optimizer.lr=1e-3,2e-3 "
+    "parallel.tensor=1 parallel.data=2 save.every=5",
 )
 
 

@@ -11,7 +11,7 @@ from drpo_megatron.config.fp8_checks import fp8_layer_problems, fp8_problems
 from drpo_megatron.config.layout_checks import determinism_problems, server_problems
 from drpo_megatron.config.load import ConfigError
 from drpo_megatron.config.model_files import tokenizer_problems, weight_problems
-from drpo_megatron.config.optimizer_checks import overlap_problems, state_problems
+from drpo_megatron.config.optimizer_checks import moment_machine_problems, moment_problems, overlap_problems
 from drpo_megatron.config.rollout_checks import fp8_rollout_problems, rollout_problems
 from drpo_megatron.config.save_checks import save_problems
 from drpo_megatron.config.schema import RunConfig
@@ -28,7 +28,8 @@ def check_config(config: RunConfig) -> None:
     problems = [
         *_parallel(config),
         *overlap_problems(config),
-        *state_problems(config),
+        *moment_problems(config),
+        *moment_machine_problems(config),
         *determinism_problems(config),
         *_batch(config),
         *_algorithm(config),

@@ -30,36 +30,42 @@ def overlap_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def state_problems(config: RunConfig) -> Iterator[str]:
-    """Moments below float32, which only Transformer Engine's Adam updates."""
-    optimizer = config.optimizer
-    if not optimizer.reduced_state:
+def moment_problems(config: RunConfig) -> Iterator[str]:
+    """Moments in bfloat16 that would not be updated, whatever the machine."""
+    optimizer, fp8 = config.optimizer, config.fp8
+    if optimizer.moments_dtype == "float32":
         return
-    name = "exp_avg_dtype" if optimizer.exp_avg_dtype != "float32" else "exp_avg_sq_dtype"
-    state = f"optimizer.{name}: is {getattr(optimizer, name)}"
+    name = f"optimizer.moments_dtype: is {optimizer.moments_dtype}"
     if not optimizer.distributed:
         yield (
-            f"{state} with optimizer.distributed = false, and only the distributed optimizer of Megatron-Core has such "
+            f"{name} with optimizer.distributed = false, and only the distributed optimizer of Megatron-Core has such "
             "moments; turn optimizer.distributed on, or set it to float32"
         )
     if config.model.dtype != "bfloat16":
         # Its main weights of float32 parameters are copies that no update reaches, and a checkpoint would keep those.
         yield (
-            f"{state} with model.dtype = {config.model.dtype}, and it is for bfloat16 weights; set model.dtype to "
+            f"{name} with model.dtype = {config.model.dtype}, and it is for bfloat16 weights; set model.dtype to "
             "bfloat16, or it to float32"
         )
-    if "fp8" in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype) and config.rollout.placement == "colocated":
+    if fp8.parameters and fp8.recipe == "delayed":
         yield (
-            f"{state} with rollout.placement = colocated, and FP8 moments cannot be moved to the host and back; set it "
-            "to bfloat16, or place the servers on devices of their own"
+            f"{name} with fp8.parameters = true and fp8.recipe = delayed, whose update in Transformer Engine takes "
+            "float32 moments only; set it to float32, or choose another recipe"
         )
+
+
+def moment_machine_problems(config: RunConfig) -> Iterator[str]:
+    """What moments in bfloat16 need of this machine."""
+    if config.optimizer.moments_dtype == "float32":
+        return
+    name = f"optimizer.moments_dtype: is {config.optimizer.moments_dtype}"
     if platform.compute_capability() is None:
         yield (
-            f"{state} and this machine has no CUDA device, which Transformer Engine's Adam needs; set it to float32, "
+            f"{name} and this machine has no CUDA device, which Transformer Engine's Adam needs; set it to float32, "
             "which runs anywhere"
         )
     elif importlib.util.find_spec("transformer_engine") is None:
         yield (
-            f"{state}, which needs Transformer Engine's Adam, and transformer_engine is not installed; install "
+            f"{name}, which needs Transformer Engine's Adam, and transformer_engine is not installed; install "
             "transformer-engine[pytorch], or set it to float32"
         )

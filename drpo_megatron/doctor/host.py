@@ -106,11 +106,12 @@ def disk_needed(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Of all checkpoints that are kept, and the one that is written before the oldest goes."""
-    from drpo_megatron.models.memory import AdamBytes, state_memory
+    from drpo_megatron.models.memory import state_memory
 
     if not config.save.every:
         return 0
-    of_one = state_memory(_parameters(config), _parameter_bytes(config), shards=1, adam=AdamBytes.of(config))
+    # Moments and main weights are float32 in the files, whatever `optimizer.moments_dtype` is.
+    of_one = state_memory(_parameters(config), _parameter_bytes(config), shards=1)
     return (config.save.keep + config.save.keep_best + 1) * (of_one.weights + of_one.optimizer)
 
 

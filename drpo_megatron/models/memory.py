@@ -16,26 +16,24 @@ if TYPE_CHECKING:  # `drpo plan` counts without building anything, and does with
 
 # grad_reduce_in_fp32 of the data-parallel wrapper.
 _GRADIENT_BYTES = 4
-_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class AdamBytes:
-    """Bytes a parameter: its main weight, where it is not float32 itself, and both moments. FP8 moments have a scale a
-    tensor, which is not counted.
-    """
+    """Bytes a parameter: its main weight, where it is not float32 itself, and both moments."""
 
     main_weight: int = 4
     moments: int = 8
 
     @classmethod
     def of(cls, config: RunConfig) -> AdamBytes:
-        optimizer, fp8 = config.optimizer, config.fp8
-        moments = _MOMENT_BYTES[optimizer.exp_avg_dtype] + _MOMENT_BYTES[optimizer.exp_avg_sq_dtype]
+        fp8 = config.fp8
+        if config.optimizer.moments_dtype == "float32":
+            return cls()
         # Megatron-Core keeps whole main weights for parameters that the other FP8 recipes quantize.
-        remainders = optimizer.reduced_state and (fp8.recipe in (None, "delayed") or fp8.backend == "emulate")
-        return cls(main_weight=2 if remainders else 4, moments=moments)
+        remainders = fp8.recipe in (None, "delayed") or fp8.backend == "emulate"
+        return cls(main_weight=2 if remainders else 4, moments=4)
 
 
 FLOAT32_ADAM = AdamBytes()

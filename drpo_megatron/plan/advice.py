@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from drpo_megatron.config.optimizer_checks import moment_problems
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.plan.activations import Kernels
@@ -69,10 +70,11 @@ def _trainer_changes(config: RunConfig) -> Iterator[Changes]:
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     if config.training.tokens_per_micro_batch > longest:
         yield {"training.tokens_per_micro_batch": longest}
-    if optimizer.distributed and config.model.dtype == "bfloat16" and not optimizer.reduced_state:
-        yield {"optimizer.exp_avg_dtype": "bfloat16", "optimizer.exp_avg_sq_dtype": "bfloat16"}
+    changes: Changes = {"optimizer.moments_dtype": "bfloat16"}
+    if optimizer.moments_dtype == "float32" and not list(moment_problems(with_changes(config, changes))):
+        yield changes
     for key in ("data", "expert", "context", "tensor", "pipeline"):
-        changes: Changes = {f"parallel.{key}": 2 * getattr(parallel, key)}
+        changes = {f"parallel.{key}": 2 * getattr(parallel, key)}
         if key == "tensor":
             changes["parallel.sequence_parallel"] = True
         if key == "pipeline":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import random
 from datetime import timedelta
 from typing import Any
@@ -76,6 +77,28 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=control_group())
     return box[0]
+
+
+def to_rank_0(value: Any) -> list[Any]:
+    """`value` of every rank, in their order, on rank 0; an empty list on the others. Collective; by pickling.
+
+    Ranks with little to say send little: torch's `gather_object` pads all of them to the longest.
+    """
+    group, world = control_group(), dist.get_world_size()
+    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    size = torch.tensor([len(mine)])
+    if dist.get_rank() != 0:
+        dist.gather(size, dst=0, group=group)
+        dist.send(mine, dst=0, group=group)
+        return []
+    sizes = [torch.zeros_like(size) for _ in range(world)]
+    dist.gather(size, sizes, dst=0, group=group)
+    values = [value]
+    for rank in range(1, world):
+        theirs = torch.empty(int(sizes[rank]), dtype=torch.uint8)
+        dist.recv(theirs, src=rank, group=group)
+        values.append(pickle.loads(theirs.numpy()))
+    return values
 
 
 def shutdown() -> None:

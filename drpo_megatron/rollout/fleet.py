@@ -61,6 +61,7 @@ class Fleet:
         self.api_key = api_key
         self._changed = threading.Condition(threading.RLock())
         self._quiet = 0
+        self._comebacks = 0
         self._lent = False
         self._closing = False
         self._error: BaseException | None = None
@@ -228,6 +229,12 @@ class Fleet:
         return [member.server for member in self._members]
 
     @property
+    def comebacks(self) -> int:
+        """How often a server was started again, here or, as far as it was seen, by somebody else."""
+        with self._changed:
+            return self._comebacks
+
+    @property
     def restarts(self) -> int:
         """Of all servers and the router."""
         with self._changed:
@@ -283,6 +290,7 @@ class Fleet:
         if member.state is State.RESTING:
             if now >= member.at and not self._lent:
                 member.restarts += 1
+                self._comebacks += 1
                 self._start(member)
             return
         if ended := member.server.ended():
@@ -313,6 +321,7 @@ class Fleet:
             # Its requests may end, and it stays until the next push.
             log.warning("%s %s: out of traffic", member.name, fault.reason)
             member.state, member.reason = State.WAITING, fault.reason
+            self._comebacks += 1
             self._route()
         else:
             member.failed_checks += 1

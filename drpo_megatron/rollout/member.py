@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerError
-from drpo_megatron.rollout.server import Server
+from drpo_megatron.rollout.server import ExternalServer, Server
 
 
 class State(StrEnum):
@@ -71,6 +72,10 @@ class Member:
     def examine(self, limit_s: float, api_key: str | None) -> Fault | None:
         """What is wrong with it now, asked of the server: may take twice `limit_s`."""
         server, state, version = self.server, self.state, self.version
+        if state is State.STARTING and self.restarts and isinstance(server, ExternalServer):
+            # It is not ended by a restart, and the push that failed may have left it paused, which generates nothing.
+            with contextlib.suppress(ServerError):
+                ServerAdmin(server.url, api_key).continue_generation(limit_s)
         if not server.healthy(limit_s):
             return Fault(f"does not generate within rollout.server.health_timeout_s = {limit_s:g} s")
         if state is State.SERVING:

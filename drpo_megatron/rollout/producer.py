@@ -10,6 +10,7 @@ go first, so that its first token is at most L·u versions old: no answer has to
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import math
 import threading
@@ -100,6 +101,12 @@ def staleness_limit(config: RolloutConfig, updates_per_batch: int) -> int:
     return steps_ahead(config, updates_per_batch) * updates_per_batch
 
 
+def oldest_version(group: RolloutGroup) -> float:
+    """Of the weights that sampled a token; infinity without one. What a function inserted no weights sampled."""
+    sampled = (zip(r.weight_versions, r.response_mask, strict=True) for r in group.rollouts)
+    return min((version for tokens in sampled for version, own in tokens if own), default=math.inf)
+
+
 class RolloutProducer:
     """Context manager: entering starts the thread, `synced` the first groups; leaving ends it and what is in flight.
 
@@ -128,6 +135,7 @@ class RolloutProducer:
         self._running: dict[asyncio.Task[None], Ticket] = {}
         self._done: list[Ticket] = []
         self._began = False
+        self._stopping = False
         self._error: BaseException | None = None
         self._counts, self.counts = StepCounts(), StepCounts()
         self._loop = asyncio.new_event_loop()
@@ -149,19 +157,19 @@ class RolloutProducer:
     # --- called by the trainer ----------------------------------------------------------------------------------
 
     def take(self, stopped: Callable[[], bool] = lambda: False) -> list[RolloutGroup] | None:
-        """The groups of the next step, in the order of the data; waits for them. None once `stopped()`: nothing is
-        taken then.
+        """The groups of the next step, in the order of the data; waits for them. None when `stopped()` before they are
+        there: nothing is taken then.
 
         Raises ServerDied when no server is left: nothing is lost, and after `synced` it may be called again. Raises
         GenerationError, RewardError or DataError for good.
         """
+        self._stopping = False
         work = asyncio.run_coroutine_threadsafe(self._take(), self._loop)
-        while True:
-            try:
-                return work.result(timeout=_STOP_S)
-            except TimeoutError:
-                if stopped() and work.cancel():
-                    return None
+        # Not `result(timeout=…)`, whose TimeoutError a rollout function may raise too.
+        while not concurrent.futures.wait([work], timeout=_STOP_S).done:
+            if stopped() and not self._stopping:
+                self._call(self._stop_waiting())
+        return work.result()
 
     def before_sync(self) -> None:
         """Wait until the weights may change. Raises as `take` does."""
@@ -207,9 +215,16 @@ class RolloutProducer:
         await self._cancel(list(self._running))
         await self._client.__aexit__(None, None, None)
 
-    async def _take(self) -> list[RolloutGroup]:
+    async def _stop_waiting(self) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._failed() or self._ready() is not None)
+            self._stopping = True
+            self._changed.notify_all()
+
+    async def _take(self) -> list[RolloutGroup] | None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._stopping or self._failed() or self._ready() is not None)
+            if self._stopping:
+                return None
             self._raise_error()
             batch = self._ready()
             assert batch is not None
@@ -250,7 +265,7 @@ class RolloutProducer:
             self._error = None
         for ticket in list(self._done):
             # only what over-sampling left: see the module's text
-            if ticket.group and min(min(r.weight_versions) for r in ticket.group.rollouts) < version - self._limit:
+            if ticket.group and oldest_version(ticket.group) < version - self._limit:
                 self._done.remove(ticket)
                 ticket.group = None
                 self._queue.append(ticket)

@@ -58,18 +58,21 @@ class WeightSync:
         self._directory = config.directory or directory
         self._api_key = api_key
         self._urls: list[str] = []
+        self._comebacks = 0
         self._receivers: Receivers | None = None
         self._transport: Transport | None = None
         self._pushes = 0
 
-    def connect(self, urls: Sequence[str]) -> None:
+    def connect(self, urls: Sequence[str], comebacks: int = 0) -> None:
         """Open the way to the servers at `urls`; nothing happens when it is open. Leaves servers that are not among
         them, without asking them. Raises as `push` does.
+
+        comebacks: grows whenever another process may answer at the address of one, which knows nothing of this way.
         """
-        if self._transport is not None and list(urls) == self._urls:
+        if self._transport is not None and (list(urls), comebacks) == (self._urls, self._comebacks):
             return
         self.close(servers_alive=False)
-        self._urls, self._pushes = list(urls), 0
+        self._urls, self._comebacks, self._pushes = list(urls), comebacks, 0
         self._receivers = Receivers(urls, self._layout.tensor_parallel, self._api_key)
         transport = self._make_transport(self._receivers)
         try:

@@ -176,7 +176,7 @@ class Experience:
                 urls = self.fleet.up()
                 if not urls:
                     raise ServersFailed({})
-                self.weights.connect(urls)
+                self.weights.connect(urls, self.fleet.comebacks)
                 report = self.weights.push(stream, version, stay_paused=self.fleet.is_lent)
                 self._audit(urls)
         except ServerError as error:
@@ -189,8 +189,6 @@ class Experience:
             return False
         self.fleet.admit(urls, version)
         self._version = version
-        if not self.fleet.is_lent:
-            self.go_on()
         self.sync_metrics = {
             "sync/bytes": float(report.bytes),
             "sync/seconds": report.seconds,

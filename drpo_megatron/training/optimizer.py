@@ -17,9 +17,6 @@ from megatron.core.utils import get_model_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.fp8.recipes import uses_transformer_engine
 
-# Transformer Engine says uint8 for FP8.
-_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}
-
 
 def wrap_data_parallel(
     chunks: list[torch.nn.Module],
@@ -70,10 +67,10 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam with fp32 main weights, and its schedule counted in optimizer updates.
 
-    Moments below float32 have been run with stand-ins for Transformer Engine's kernels only, FP8 ones not at all.
+    Moments in bfloat16 have been run with stand-ins for Transformer Engine's kernels only.
     """
     settings = config.optimizer
-    dtype = getattr(torch, config.model.dtype)
+    dtype, moments_dtype = getattr(torch, config.model.dtype), getattr(torch, settings.moments_dtype)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -89,9 +86,9 @@ def build_optimizer(
             use_distributed_optimizer=settings.distributed,
             overlap_param_gather=settings.overlap_param_gather,
             fp8_recipe=config.fp8.recipe if uses_transformer_engine(config.fp8) else None,
-            use_precision_aware_optimizer=settings.reduced_state,
-            exp_avg_dtype=_STATE_DTYPES[settings.exp_avg_dtype],
-            exp_avg_sq_dtype=_STATE_DTYPES[settings.exp_avg_sq_dtype],
+            use_precision_aware_optimizer=moments_dtype is not torch.float32,
+            exp_avg_dtype=moments_dtype,
+            exp_avg_sq_dtype=moments_dtype,
         ),
         chunks,
     )

@@ -40,6 +40,9 @@ class Placement(Protocol):
     def start(self, build: Callable[[], Policy]) -> Policy:
         """Wait for the servers and build the policy."""
 
+    def after_sync(self) -> None:
+        """The weights arrived and were compared: sampling goes on where the servers have devices of their own."""
+
     def for_generation(self) -> None:
         """The servers generate next, with weights that were pushed."""
 
@@ -71,6 +74,10 @@ class Disaggregated:
         if self._experience:
             self._experience.connect()
         return policy
+
+    def after_sync(self) -> None:
+        if self._experience:
+            self._experience.go_on()
 
     def for_generation(self) -> None:
         pass
@@ -104,6 +111,9 @@ class Colocated:
         policy = build()
         self._trainer = TrainerMemory(policy.chunks, policy.optimizer)
         return policy
+
+    def after_sync(self) -> None:
+        pass
 
     def for_generation(self) -> None:
         """Raises RuntimeError when no sync brought the servers' weights back."""

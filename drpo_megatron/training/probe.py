@@ -20,7 +20,7 @@ from drpo_megatron.fp8.recipes import token_multiple
 from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.models.builder import forward_packed, output_weight
 from drpo_megatron.platform import device
-from drpo_megatron.platform.distributed import control_group
+from drpo_megatron.platform.distributed import from_rank_0, to_rank_0
 from drpo_megatron.records import Metrics, TrainBatch
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerError
@@ -156,8 +156,7 @@ def _score(
 def _on_rank_0(scored: list[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray | None:
     """The ranks' parts put together. Collective."""
     mine = scored if parallel_state.get_tensor_model_parallel_rank() == 0 else []
-    gathered: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0, group=control_group())
+    gathered: list[list[tuple[np.ndarray, np.ndarray]]] = to_rank_0(mine)
     if dist.get_rank() != 0:
         return None
     logprobs_P = np.full(count, np.nan)
@@ -192,10 +191,9 @@ class SyncProbe:
                 difference_P = np.nan_to_num(np.abs(scores[url].logprobs_P - logprobs_P), nan=np.inf)
                 largest = int(difference_P.argmax())
                 worst = max(worst, (float(difference_P[largest]), largest + 1, url))
-        failed = [worst if worst[0] > self.tolerance else None]
-        dist.broadcast_object_list(failed, src=0, group=control_group())
-        if failed[0] is not None:
-            self._explain(policy, *failed[0])
+        failed = from_rank_0(worst if worst[0] > self.tolerance else None)
+        if failed is not None:
+            self._explain(policy, *failed)
         return {"sync/probe_abs_dlogp_max": worst[0]} if scores else {}
 
     def _explain(self, policy: Policy, difference: float, position: int, url: str) -> None:

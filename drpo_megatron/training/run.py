@@ -19,7 +19,7 @@ from drpo_megatron.fp8.selection import Selection
 from drpo_megatron.observability import Tracker, VerbTimer, Watchdog, progress_display
 from drpo_megatron.observability.profiler import StepProfiler
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
-from drpo_megatron.platform.distributed import control_group, from_rank_0
+from drpo_megatron.platform.distributed import control_group, from_rank_0, to_rank_0
 from drpo_megatron.records import Metrics, RolloutGroup
 from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
@@ -180,7 +180,10 @@ class Run:
                     pass
             pushed, stopped = from_rank_0((pushed, self.stop.is_set()))
             # A signal to the whole job ends its servers: who goes on later has others.
-            if (pushed and self._probe()) or stopped:
+            if pushed and self._probe():
+                self.placement.after_sync()
+                return
+            if stopped:
                 return
 
     def _probe(self) -> bool:
@@ -217,9 +220,7 @@ class Run:
 
     def log(self, groups: list[RolloutGroup], results: list[UpdateResult]) -> None:
         """Reduce the step's metrics on rank 0 and write them once."""
-        gathered: list[list[UpdateResult]] = [[] for _ in range(dist.get_world_size())]
-        is_driver = self.source is not None
-        dist.gather_object(results, gathered if is_driver else None, dst=0, group=control_group())
+        gathered = to_rank_0(results)
         if not self.source:
             return
         if self.config.tracking.dump_rollouts:

@@ -68,7 +68,7 @@ def project(
         block_CB = torch.mm(hidden_CH, weight_VH[columns].t(), out=logits_CV[:, columns])
         here_C = owned_C & (column_C >= columns.start) & (column_C < columns.stop)
         local_C1 = (column_C - start).clamp(0, block_CB.shape[1] - 1)[:, None]
-        g_C.copy_(torch.where(here_C, block_CB.gather(1, local_C1).squeeze(1).to(dtype) / temperature, g_C))
+        _take_targets_(g_C, here_C, block_CB, local_C1, temperature)
         scratch_RB = logits_CV.new_empty(rows_per_block(block_CB.shape[1]), block_CB.shape[1], dtype=dtype)
         for rows in blocks(block_CB):
             # The logits themselves unless they are of lower precision.
@@ -81,6 +81,8 @@ def project(
             if bool(too_low_R.any()):
                 # Rare, and the logits are gone: they are multiplied again rather than looked through each time.
                 torch.mm(hidden_CH[rows], weight_VH[columns].t(), out=block_CB[rows])
+                # Of fewer rows, whose sums may be in another order: the target's logit must be the one in the sum.
+                _take_targets_(g_C[rows], here_C[rows], block_CB[rows], local_C1[rows], temperature)
                 z_RB = _divided(block_CB[rows].to(dtype), temperature)
                 maximum_R = torch.where(too_low_R, torch.amax(z_RB, 1), m_C[rows])
                 _raise_maximum_(stats_C4[rows], maximum_R, logits_CV[rows, :start])
@@ -90,6 +92,11 @@ def project(
             if exponentiate and z_RB.dtype != block_CB.dtype:
                 block_CB[rows] = z_RB
     return stats_C4
+
+
+def _take_targets_(g_C: Tensor, here_C: Tensor, logits_CB: Tensor, column_C1: Tensor, temperature: float) -> None:
+    """The logits of targets whose column is in these columns, into g."""
+    g_C.copy_(torch.where(here_C, logits_CB.gather(1, column_C1).squeeze(1).to(g_C.dtype) / temperature, g_C))
 
 
 def _exponentiate_from_(z_RB: Tensor, maximum_R: Tensor, bits_RB: Tensor) -> Tensor:

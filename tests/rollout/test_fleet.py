@@ -5,6 +5,7 @@ The tests share the fleet and run in the order of this file; each leaves it whol
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+from drpo_megatron.platform.ports import free_port
 from drpo_megatron.records import RolloutGroup
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.driver import RolloutDriver
@@ -63,7 +65,7 @@ class Setup:
                 self.fleet.wait_any()
                 urls = self.fleet.up()
                 try:
-                    self.weights.connect(urls)
+                    self.weights.connect(urls, self.fleet.comebacks)
                     self.weights.push(self.model.state_dict().items(), self.version)
                     break
                 except ServersFailed as failure:
@@ -260,6 +262,44 @@ def test_restarted_by_somebody_else_with_its_old_weights(setup: Setup) -> None:
     assert setup.checked(groups) <= {0, setup.version}
     assert setup.checked(setup.driver.generate(PROMPTS)) == {setup.version}
     setup.whole()
+
+
+def test_started_again_elsewhere_at_its_address(setup: Setup, tmp_path: Path) -> None:
+    """As a SLURM job's rollout group does it. The new process knows nothing of the way that weights went to the old
+    one; and one that a failed push left paused is not started again by anybody.
+    """
+    model, key = setup.weights_path, os.environ[KEY_VARIABLE]
+    config = ServerConfig(port=free_port("127.0.0.1"), start_timeout_s=300)
+
+    def started() -> SGLangServer:
+        server = SGLangServer(config, model, "float32", 0, tmp_path / "server.log", api_key=key)
+        server.start()
+        server.wait_ready()
+        return server
+
+    server = started()
+    external = ServerConfig(addresses=[server.url], start_timeout_s=120, health_timeout_s=4, max_restarts=2)
+    layout = ServerLayout.from_config(model, 1, torch.float32)
+    weights = WeightSync(SyncConfig(bucket_mb=0.05, timeout_s=20), layout, model, tmp_path / "sync", key)
+    try:
+        with Fleet(external, [Member("elsewhere", ExternalServer(server.url, key))], None, key) as fleet:
+            fleet.wait_all()
+            other = Setup(fleet, setup.driver, weights, copy.deepcopy(setup.model), model)
+            other.push()
+            server.stop()
+            wait_for(lambda: fleet.serving() == 0, fleet)
+            server = started()
+            wait_for(lambda: bool(fleet.up()), fleet)
+            other.push()
+            assert fleet.restarts == 1
+            ServerAdmin(server.url, key).pause_generation("retract", 30)
+            fleet.report({server.url: "did not take a bucket"})
+            wait_for(lambda: bool(fleet.up()), fleet)
+            other.push()
+            assert fleet.restarts == 2 and other.version == 3 and fleet.serving() == 1
+    finally:
+        weights.close(servers_alive=False)
+        server.stop()
 
 
 def test_router_killed(setup: Setup) -> None:

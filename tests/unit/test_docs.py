@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from drpo_megatron.cli import parse_arguments
+from drpo_megatron.commands import submit
 from drpo_megatron.config import load_config, setting_reference
+from launch.checks import layout_problems, rollout_group_problems, time_problems
 from launch.cluster import ClusterConfig, load_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,21 @@ def test_every_command_of_the_documentation_is_one(page: str, line: str) -> None
     if words[1] in ("train", "submit"):
         load_config(ROOT / parsed.config, parsed.overrides)
     if words[1] == "submit":
-        load_cluster(ROOT / parsed.cluster)
+        fits_its_cluster(line)
+
+
+def fits_its_cluster(line: str) -> None:
+    parsed = parse_arguments(shlex.split(line)[1:])
+    cluster = load_cluster(ROOT / parsed.cluster)
+    config = load_config(ROOT / parsed.config, parsed.overrides)
+    problems = (layout_problems, rollout_group_problems, time_problems)
+    assert not [problem for of in problems for problem in of(config, cluster)]
+    assert not (parsed.sweep and cluster.rollout)
+
+
+@pytest.mark.parametrize("line", submit.EXAMPLES)
+def test_examples_of_submit_fit_their_cluster(line: str) -> None:
+    fits_its_cluster(line)
 
 
 def test_the_commands_are_found() -> None:

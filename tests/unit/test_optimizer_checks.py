@@ -1,4 +1,4 @@
-"""Moments below float32: refused where nothing updates them, and counted by the plan."""
+"""Moments in bfloat16: refused where nothing updates them, and counted by the plan."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 
 from drpo_megatron import platform
-from drpo_megatron.config.optimizer_checks import state_problems
+from drpo_megatron.config.optimizer_checks import moment_machine_problems, moment_problems
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.models.memory import AdamBytes, state_memory
 
-BFLOAT16 = {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"}
+BFLOAT16 = {"moments_dtype": "bfloat16"}
 
 
-def config(optimizer: dict[str, Any], *, dtype: str = "bfloat16", placement: str = "disaggregated") -> RunConfig:
+def config(
+    optimizer: dict[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    placement: str = "disaggregated",
+    fp8: dict[str, Any] | None = None,
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "moments",
@@ -31,6 +37,7 @@ def config(optimizer: dict[str, Any], *, dtype: str = "bfloat16", placement: str
             "algorithm": {"loss": "drpo"},
             "optimizer": {"lr": 1e-3, **optimizer},
             "training": {"steps": 1},
+            "fp8": fp8 or {},
         }
     )
 
@@ -52,23 +59,27 @@ def only(problems: list[str], *words: str) -> None:
     assert all(word in problems[0] for word in words), problems[0]
 
 
+def problems(*arguments: Any, **keywords: Any) -> list[str]:
+    run = config(*arguments, **keywords)
+    return [*moment_problems(run), *moment_machine_problems(run)]
+
+
 def test_accepted(machine: Any) -> None:
-    assert not list(state_problems(config(BFLOAT16)))
-    assert not list(state_problems(config(BFLOAT16, placement="colocated")))
-    assert not list(state_problems(config({"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "bfloat16"})))
+    assert not problems(BFLOAT16)
+    assert not problems(BFLOAT16, placement="colocated")
+    assert not problems(BFLOAT16, fp8={"recipe": "blockwise", "parameters": True})
     machine(False, False)
-    assert not list(state_problems(config({}, dtype="float32")))
+    assert not problems({}, dtype="float32")
 
 
 def test_refused(machine: Any) -> None:
-    only(list(state_problems(config(BFLOAT16 | {"distributed": False}))), "optimizer.exp_avg_dtype: ", "distributed")
-    only(list(state_problems(config(BFLOAT16, dtype="float32"))), "model.dtype = float32", "or it to float32")
-    fp8 = {"exp_avg_sq_dtype": "fp8"}
-    only(list(state_problems(config(fp8, placement="colocated"))), "exp_avg_sq_dtype: is fp8", "colocated", "bfloat16")
+    only(problems(BFLOAT16 | {"distributed": False}), "optimizer.moments_dtype: is bfloat16", "distributed = false")
+    only(problems(BFLOAT16, dtype="float32"), "model.dtype = float32", "or it to float32")
+    only(problems(BFLOAT16, fp8={"recipe": "delayed", "parameters": True}), "fp8.parameters", "delayed")
     machine(True, False)
-    only(list(state_problems(config(BFLOAT16))), "transformer_engine is not installed")
+    only(problems(BFLOAT16), "transformer_engine is not installed")
     machine(False, False)
-    only(list(state_problems(config(BFLOAT16))), "no CUDA device", "set it to float32")
+    only(problems(BFLOAT16), "no CUDA device", "set it to float32")
 
 
 @pytest.mark.parametrize(
@@ -76,14 +87,13 @@ def test_refused(machine: Any) -> None:
     [
         ({}, {}, 12),
         (BFLOAT16, {}, 2 + 2 + 2),
-        ({"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "bfloat16"}, {}, 2 + 1 + 2),
         # Megatron-Core updates whole main weights of parameters that these recipes quantize.
         (BFLOAT16, {"recipe": "blockwise"}, 4 + 2 + 2),
         (BFLOAT16, {"recipe": "delayed"}, 2 + 2 + 2),
+        (BFLOAT16, {"recipe": "blockwise", "backend": "emulate"}, 2 + 2 + 2),
     ],
 )
 def test_bytes(optimizer: dict[str, Any], fp8: dict[str, Any], bytes_a_parameter: int) -> None:
-    run = RunConfig.model_validate(config(optimizer).model_dump() | {"fp8": fp8})
-    adam = AdamBytes.of(run)
+    adam = AdamBytes.of(config(optimizer, fp8=fp8))
     assert state_memory(1000, weight_bytes=2, shards=4, adam=adam).optimizer == 250 * bytes_a_parameter
     assert state_memory(1000, weight_bytes=4, shards=4, adam=adam).optimizer == 250 * adam.moments

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +46,7 @@ class World:
         self.no_signal: set[int] = set()
         self.slow: set[int] = set()
         self.aborted = asyncio.Event()
+        self.cutting = False
         self.deaf = 0  # aborts that find nothing to abort
 
     def group(self, prompt: Prompt, versions: list[int]) -> RolloutGroup:
@@ -116,6 +118,7 @@ def producer(world: World, updates: int = 1, **settings: Any) -> Iterator[Rollou
         await asyncio.sleep(0)
 
     def abort() -> None:
+        world.cutting = True
         if world.deaf:
             world.deaf -= 1
         else:
@@ -273,6 +276,17 @@ def test_a_cut_aborts_until_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> N
         assert world.aborted.is_set() and world.deaf == 0 and made.counts.tokens > 0
 
 
+def test_a_stop_in_a_cut_leaves_the_groups_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken by then, and in no state that is saved."""
+    monkeypatch.setattr(producer_module, "_ABORT_EVERY_S", 0.5)
+    world = World()
+    world.slow, world.deaf = {0}, 1
+    with producer(world, over_sampling=1.25) as made:
+        made.synced(0)
+        groups = made.take(lambda: bool(world.cutting))
+        assert groups is not None and numbers(groups) == [1, 2, 3, 4]
+
+
 def test_a_stop_takes_nothing() -> None:
     world = World()
     world.slow = set(range(4))
@@ -316,15 +330,34 @@ def test_over_sampling_cuts_and_carries_over(max_staleness: int) -> None:
     assert Counter(world.begun)[0] == Counter(world.begun)[3] == 2
 
 
-def test_another_error_reaches_the_trainer() -> None:
+@pytest.mark.parametrize("error", [GenerationError("no"), TimeoutError("no")], ids=lambda e: type(e).__name__)
+def test_another_error_reaches_the_trainer(error: Exception) -> None:
+    """A user's function may well raise a TimeoutError, which is not one of waiting for it."""
     world = World()
 
     class Broken(OneGroup):
         async def run(self, client: RolloutClient) -> RolloutGroup:
-            raise GenerationError("no")
+            raise error
 
     with producer(world) as made:
         made._make_sampler = lambda _, prompt: Broken(world, prompt)
         made.synced(0)
-        with pytest.raises(GenerationError, match="no"):
-            made.take()
+        took = threading.Thread(target=lambda: outcome.append(failure_of(made.take)), daemon=True)
+        outcome: list[BaseException | None] = []
+        took.start()
+        took.join(timeout=20)
+        assert [repr(failure) for failure in outcome] == [repr(error)]
+
+
+def failure_of(call: Callable[[], Any]) -> BaseException | None:
+    try:
+        call()
+    except (GenerationError, TimeoutError) as error:
+        return error
+    return None
+
+
+def test_what_a_function_inserted_is_of_no_weights() -> None:
+    """Such tokens, before the first sampled one, have version 0 and make no group too old for training."""
+    rollout = Rollout(Prompt("0", "", [1]), [1] * 3, [0.0] * 3, [0, 7, 8], "stop", response_mask=[0, 1, 1])
+    assert producer_module.oldest_version(RolloutGroup(rollout.prompt, [rollout])) == 7

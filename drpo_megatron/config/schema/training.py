@@ -85,13 +85,9 @@ class OptimizerConfig(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     distributed: bool = True
     """Shard the optimizer state over data parallel ranks."""
-    exp_avg_dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
-    """Dtype of Adam's first moment. Below float32, Transformer Engine's Adam updates the state (a GPU, `distributed`,
-    model.dtype bfloat16): it computes in float32, has a scale a tensor for fp8 (e4m3), and keeps of a main weight the
-    16 bits that the bfloat16 weight lacks. Not run: no GPU."""
-    exp_avg_sq_dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
-    """Dtype of Adam's second moment; as exp_avg_dtype. In fp8 what is below 2e-6 of its tensor's largest is 0, and eps
-    alone divides such a parameter's step."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of Adam's moments. bfloat16 needs Transformer Engine's Adam (a GPU), `distributed` and bfloat16 weights; it
+    computes in float32, and keeps of a main weight only the 16 bits that its bfloat16 weight lacks. Not run: no GPU."""
     overlap_grad_reduce: bool = True
     """Reduce the gradients of a bucket over data-parallel ranks while the backward goes on. False: all of them after
     it."""
@@ -101,11 +97,6 @@ class OptimizerConfig(Section):
     bucket_parameters: int | None = Field(None, gt=0)
     """Parameters in a bucket of the overlapped communication. null: Megatron-Core's 40 million, or 1 million a
     data-parallel rank if that is more."""
-
-    @property
-    def reduced_state(self) -> bool:
-        """Whether a moment is below float32."""
-        return (self.exp_avg_dtype, self.exp_avg_sq_dtype) != ("float32", "float32")
 
 
 class TrainingConfig(Section):
