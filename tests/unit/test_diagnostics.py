@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,11 @@ def test_empty_is_refused() -> None:
         TokenStats.cat([])
     with pytest.raises(ValueError, match="no trained tokens"):
         summarize(TokenStats(*[torch.zeros(0)] * 7), DELTA)
+
+
+def test_statistics_are_pickled_once() -> None:
+    """They travel to rank 0 so: fields that were views of one matrix would each carry all of it."""
+    matrix = torch.randn(7, 1000)
+    stats = TokenStats.from_matrix(matrix)
+    assert torch.equal(stats.matrix(), matrix)
+    assert len(pickle.dumps(stats)) < 1.5 * matrix.nbytes

@@ -342,8 +342,8 @@ def test_another_error_reaches_the_trainer(error: Exception) -> None:
     with producer(world) as made:
         made._make_sampler = lambda _, prompt: Broken(world, prompt)
         made.synced(0)
-        took = threading.Thread(target=lambda: outcome.append(failure_of(made.take)), daemon=True)
         outcome: list[BaseException | None] = []
+        took = threading.Thread(target=lambda: outcome.append(failure_of(made.take)), daemon=True)
         took.start()
         took.join(timeout=20)
         assert [repr(failure) for failure in outcome] == [repr(error)]
