@@ -172,13 +172,16 @@ def test_a_node_dies(site: Site) -> None:
     (job,) = site.submit("bereft", settings)
     site.wait(lambda: len(site.metrics("bereft")) > 2, "bereft", "the third step")
     assert "NodeList=node[1-2]" in site.cluster.run("scontrol", "show", "job", job)
+    done = len(site.metrics("bereft"))
     site.cluster.kill_node(2)
     assert site.wait_for_end(job, "bereft") == "COMPLETED", site.log("bereft")
     log = site.log("bereft")
     assert [step["step"] for step in site.metrics("bereft")] == list(range(40)), log
     of_second = log.split("restart 1, on ")[1].splitlines()
     assert "2" not in of_second[0], log
-    assert "checkpoints/step_000002" in (site.directory / "bereft" / "log" / "rank_0.log").read_text()
+    went_on = re.findall(r"schedule of \S+/step_(\d+)", (site.directory / "bereft" / "log" / "rank_0.log").read_text())
+    # A step's metrics are written while its checkpoint may still be on its way, and steps go on until the node is gone.
+    assert len(went_on) == 1 and done - 1 <= int(went_on[0]) < 40, (done, went_on)
     _nothing_is_left(site)
     site.cluster.start_node(2)
 
