@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from drpo_megatron.algorithms import LossInputs, LossOutputs, evaluate, make_loss
-from drpo_megatron.platform import device
+from drpo_megatron.platform import device, has_cuda
 from drpo_megatron.vocab_parallel import DEFAULT_MEMORY_BUDGET, FusedLoss, fused_policy_loss, project_logprobs
-from drpo_megatron.vocab_parallel.chunks import chunk_tokens
+from drpo_megatron.vocab_parallel.chunks import WeightGradient, chunk_tokens
 
 
 def synchronize() -> None:
@@ -28,11 +28,21 @@ def synchronize() -> None:
     dist.barrier()
 
 
+def seconds(way: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    way()
+    synchronize()
+    return time.perf_counter() - start
+
+
 class Ways:
     """A problem on this rank's shard. Each way leaves ∂hidden in `hidden_TH.grad` and adds ∂weight to `main_grad_VH`.
 
-    hidden_TH, weight_VH: float32 leaves. advantages_T and logmu_T as in `LossInputs`.
+    hidden_TH, weight_VH: leaves, float32 on a CPU and bfloat16 on a GPU. advantages_T and logmu_T as in `LossInputs`.
     """
+
+    memory_budget = DEFAULT_MEMORY_BUDGET
 
     def __init__(
         self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logmu_T: Tensor, advantages_T: Tensor
@@ -43,8 +53,8 @@ class Ways:
         self.logmu_T, self.advantages_T = logmu_T, advantages_T
         self.weights_T = torch.full((tokens,), 1.0 / tokens, device=device())
         self.everywhere_T = torch.ones(tokens, dtype=torch.bool, device=device())
-        self.main_grad_VH = torch.zeros_like(weight_VH)
-        # The fused way adds its weight gradient to Megatron's buffer; autograd, of the others, to the same memory.
+        self.main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        # The fused way adds its weight gradient to Megatron's buffer; for the others see `_backward`.
         self.weight_VH.main_grad = self.main_grad_VH
         self.loss_function = make_loss("drpo", {"delta": 0.2})
 
@@ -53,9 +63,10 @@ class Ways:
         """Logits about 1.6 nats wide; built without temporaries, which would hide in the peak of the memory."""
         shared = torch.Generator().manual_seed(0)
         columns = vocabulary // parallel_state.get_tensor_model_parallel_group().size()
+        dtype = torch.bfloat16 if has_cuda() else torch.float32
         return cls(
-            torch.randn(tokens, hidden, generator=shared).mul_(0.5).to(device()).requires_grad_(),
-            torch.randn(columns, hidden).mul_(0.1 * (1024 / hidden) ** 0.5).to(device()).requires_grad_(),
+            torch.randn(tokens, hidden, generator=shared).mul_(0.5).to(device(), dtype).requires_grad_(),
+            torch.randn(columns, hidden).mul_(0.1 * (1024 / hidden) ** 0.5).to(device(), dtype).requires_grad_(),
             torch.randint(0, vocabulary, (tokens,), generator=shared).to(device()),
             torch.randn(tokens, generator=shared).sub_(12).to(device()),
             torch.randn(tokens, generator=shared).to(device()),
@@ -69,9 +80,10 @@ class Ways:
         advantages_S = torch.randn(int(sequence_ids_T.max()) + 1, generator=torch.Generator().manual_seed(0))
         names = ("hidden_TH", "weight_VH", "targets_T", "logmu_T")
         hidden_TH, weight_VH, targets_T, logmu_T = (saved[name].to(device()) for name in names)
+        dtype = torch.bfloat16 if has_cuda() else hidden_TH.dtype
         return cls(
-            hidden_TH.requires_grad_(),
-            weight_VH.requires_grad_(),
+            hidden_TH.to(dtype).requires_grad_(),
+            weight_VH.to(dtype).requires_grad_(),
             targets_T,
             logmu_T,
             advantages_S[sequence_ids_T].to(device()),
@@ -85,7 +97,8 @@ class Ways:
     def chunk(self) -> int:
         """Tokens of a chunk of the fused way."""
         columns = self.weight_VH.shape[0]
-        return chunk_tokens(len(self.hidden_TH), columns, 4, self.group.size(), DEFAULT_MEMORY_BUDGET)
+        itemsize = self.weight_VH.element_size()
+        return chunk_tokens(len(self.hidden_TH), columns, itemsize, self.group.size(), self.memory_budget)
 
     def fused_loss(
         self,
@@ -105,6 +118,7 @@ class Ways:
             weights_T=self.weights_T,
             group=self.group,
             vocab_size=self.vocab_size,
+            memory_budget=self.memory_budget,
             tail_tolerance=tail_tolerance,
         )
 
@@ -120,8 +134,12 @@ class Ways:
         self.fused(mask_T=torch.arange(len(self.hidden_TH), device=device()) % 2 == 0)
 
     def warm_up(self) -> None:
-        """A chunk of bare products: threads and libraries are ready after it."""
+        """Threads and libraries are ready after it, and kernels are tuned."""
         _BareProducts(self).next_chunk()
+        if has_cuda():
+            self.fused()
+            self.hidden_TH.grad = None
+            self.main_grad_VH.zero_()
 
     def dense(self) -> None:
         """The product's own dense backend: whole logits, and one operation for log-prob and entropy."""
@@ -174,30 +192,28 @@ class Ways:
         self._backward(vocab_parallel_log_probs_from_logits(logits_TV, self.targets_T))
 
     def ratio_to_bare(self, **options: Any) -> tuple[float, FusedLoss]:
-        """Seconds of the fused way over seconds of its bare products, the two alternating chunk by chunk; its result.
+        """Seconds of the fused way over seconds of its bare products; its result. Options: see `fused_loss`.
 
-        The fused way calls the loss function once a chunk; there its clock stops and a chunk of bare products runs,
-        into a buffer of its own. So both meet the same neighbours on a shared machine. Options: see `fused_loss`.
+        On a CPU the two alternate chunk by chunk: the fused way calls the loss function once a chunk, and there its
+        clock stops and a chunk of bare products runs, into a buffer of its own. So both meet the same neighbours on a
+        shared machine. A GPU is not shared, and to wait for it after each chunk would be what is measured: one after
+        the other.
         """
-        bare, bare_seconds = _BareProducts(self), 0.0
+        bare, results = _BareProducts(self), list[FusedLoss]()
+        if has_cuda():
+            total = seconds(lambda: results.append(self.fused(**options)))
+            return total / seconds(bare.all_chunks), results[0]
+        bare_seconds = 0.0
 
         def pausing(inputs: LossInputs) -> LossOutputs:
             nonlocal bare_seconds
-            synchronize()
-            start = time.perf_counter()
-            bare.next_chunk()
-            synchronize()
-            bare_seconds += time.perf_counter() - start
+            bare_seconds += seconds(bare.next_chunk)
             return self.loss_function(inputs)
 
-        synchronize()
-        start = time.perf_counter()
-        result = self.fused(loss_function=pausing, **options)
-        synchronize()
-        total = time.perf_counter() - start
+        total = seconds(lambda: results.append(self.fused(loss_function=pausing, **options)))
         if bare.more:
             raise RuntimeError("the fused way called the loss function fewer times than it has chunks")
-        return (total - bare_seconds) / bare_seconds, result
+        return (total - bare_seconds) / bare_seconds, results[0]
 
     def _backward(self, logp_T: Tensor) -> None:
         inputs = LossInputs(
@@ -208,8 +224,12 @@ class Ways:
             sequence_ids_T=torch.zeros_like(self.targets_T),
             num_sequences=1,
         )
-        self.weight_VH.grad = self.main_grad_VH
+        # Into the same memory where autograd can add to it, and else as Megatron's DDP does.
+        same_dtype = self.weight_VH.dtype == self.main_grad_VH.dtype
+        self.weight_VH.grad = self.main_grad_VH if same_dtype else None
         (self.weights_T * evaluate(self.loss_function, inputs).loss_T).sum().backward()
+        if not same_dtype:
+            self.main_grad_VH.add_(self.weight_VH.grad)
         self.weight_VH.grad = None
 
 
@@ -220,7 +240,7 @@ class _BareProducts:
         self._ways, self._size, self._start = ways, ways.chunk, 0
         self._buffer_CV = ways.hidden_TH.new_empty(self._size, ways.weight_VH.shape[0])
         self._grad_TH = torch.empty_like(ways.hidden_TH)
-        self._grad_VH = torch.zeros_like(ways.weight_VH)
+        self._gradient = WeightGradient(ways.weight_VH, torch.zeros_like(ways.main_grad_VH))
 
     @property
     def more(self) -> bool:
@@ -232,8 +252,12 @@ class _BareProducts:
         hidden_CH, weight_VH = self._ways.hidden_TH[rows], self._ways.weight_VH
         logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=self._buffer_CV[: len(hidden_CH)])
         torch.mm(logits_CV, weight_VH, out=self._grad_TH[rows])
-        self._grad_VH.addmm_(logits_CV.t(), hidden_CH)
+        self._gradient.add_product(logits_CV, hidden_CH)
         self._start += self._size
+
+    def all_chunks(self) -> None:
+        while self.more:
+            self.next_chunk()
 
 
 def use_peers() -> None:

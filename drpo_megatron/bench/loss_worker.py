@@ -1,11 +1,13 @@
-"""One process a rank of `bench loss`: runs one task and prints its samples as JSON on rank 0. Started by torchrun."""
+"""One process a rank of `bench loss`: does the jobs that its argument lists as JSON, and prints a JSON list of their
+samples on rank 0. Started by torchrun.
+"""
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import os
-import time
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,42 +17,49 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drpo_megatron.bench.loss_ways import Ways, synchronize, use_peers
-from drpo_megatron.platform import distributed, peak_memory_bytes
+from drpo_megatron.bench.loss import Job, Samples
+from drpo_megatron.bench.loss_ways import Ways, seconds, use_peers
+from drpo_megatron.platform import distributed, has_cuda, peak_memory_bytes
 from drpo_megatron.platform.layout import ParallelLayout
 
-Samples = dict[str, list[float]]
 
-
-def ratio(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def ratio(ways: Ways, job: Job) -> Samples:
     """Fused over bare."""
     ways.warm_up()
-    return {"ratio": [ways.ratio_to_bare()[0] for _ in range(parsed.repetitions)]}
+    return {"ratio": [ways.ratio_to_bare()[0] for _ in range(job.repetitions)]}
 
 
-def compare(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def compare(ways: Ways, job: Job) -> Samples:
     """Every other way over the fused one of the same round; every second token over all."""
     use_peers()
     small = Ways.random(64, 64, 512)  # so that no import is timed
-    for name in parsed.compared:
+    for name in job.compared:
         getattr(small, name)()
     ways.warm_up()
-    samples: Samples = {name: [] for name in ("masked", *parsed.compared)}
-    for _ in range(parsed.repetitions):
+    samples: Samples = {name: [] for name in ("masked", *job.compared)}
+    if has_cuda():  # libraries choose and load their kernels at the first call
+        for name in samples:
+            getattr(ways, name)()
+    for _ in range(job.repetitions):
         fused = seconds(ways.fused)
         for name in samples:
             samples[name].append(seconds(getattr(ways, name)) / fused)
     return samples
 
 
-def memory(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def memory(ways: Ways, job: Job) -> Samples:
     """Bytes above inputs and gradients."""
+    way = getattr(ways, job.task.removeprefix("memory-"))
+    if has_cuda():  # to tune kernels takes copies
+        way()
+        ways.hidden_TH.grad = None
+        torch.cuda.reset_peak_memory_stats()
     before = peak_memory_bytes()
-    getattr(ways, parsed.task.removeprefix("memory-"))()
+    way()
     return {"bytes": [float(peak_memory_bytes() - before - ways.hidden_TH.nbytes)]}
 
 
-def traffic(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def traffic(ways: Ways, job: Job) -> Samples:
     """What the ranks exchange before the backward pass, whose all-reduce of ∂hidden belongs to the layer below."""
     with _Collectives() as forward:
         ways.fused_loss()
@@ -61,11 +70,12 @@ def traffic(ways: Ways, parsed: argparse.Namespace) -> Samples:
     }
 
 
-def series(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def series(ways: Ways, job: Job) -> Samples:
     """Seconds of the fused way by number of tokens or of columns; sizes alternate."""
     problems: dict[int, Ways] = {}
-    for size in parsed.sizes:
-        tokens, vocabulary = (size, parsed.vocabulary) if parsed.series == "tokens" else (parsed.tokens, size)
+    by_tokens = [(size, size, job.vocabulary) for size in job.tokens_of_series]
+    by_columns = [(size, job.tokens, size) for size in job.columns_of_series]
+    for size, tokens, vocabulary in by_tokens or by_columns:
         columns = vocabulary // ways.group.size()
         problems[size] = Ways(
             ways.hidden_TH.detach()[:tokens].requires_grad_(),
@@ -75,14 +85,15 @@ def series(ways: Ways, parsed: argparse.Namespace) -> Samples:
             ways.advantages_T[:tokens],
         )
     samples: Samples = {str(size): [] for size in problems}
-    ways.warm_up()
-    for _ in range(parsed.repetitions):
+    for problem in problems.values() if has_cuda() else [ways]:
+        problem.warm_up()
+    for _ in range(job.repetitions):
         for size, problem in problems.items():
             samples[str(size)].append(seconds(problem.fused))
     return samples
 
 
-def sparse(ways: Ways, parsed: argparse.Namespace) -> Samples:
+def sparse(ways: Ways, job: Job) -> Samples:
     """The sparse backward on real hidden states: time over the bare products, and its error beside its bound."""
     ways.main_grad_VH.zero_()
     ways.warm_up()
@@ -90,9 +101,9 @@ def sparse(ways: Ways, parsed: argparse.Namespace) -> Samples:
     exact = _gradients(ways)
     samples: Samples = {"ratio": [], "error": [], "bound_over_error": [], "kept_share": []}
     samples["entropy"] = [float(entropy_T.mean())]
-    for _ in range(max(5, parsed.repetitions)):
+    for _ in range(max(5, job.repetitions)):
         ways.main_grad_VH.zero_()
-        ratio, result = ways.ratio_to_bare(tail_tolerance=parsed.tail_tolerance)
+        ratio, result = ways.ratio_to_bare(tail_tolerance=job.tail_tolerance)
         tail = result.tail
         for found, expected, bound in zip(_gradients(ways), exact, (tail.hidden_bound, tail.weight_bound), strict=True):
             error = float((found - expected).norm())
@@ -101,14 +112,6 @@ def sparse(ways: Ways, parsed: argparse.Namespace) -> Samples:
         samples["kept_share"].append(tail.kept_share)
         samples["ratio"].append(ratio)
     return samples
-
-
-def seconds(way: Callable[[], object]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    way()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def _gradients(ways: Ways) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +137,7 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-TASKS: dict[str, Callable[[Ways, argparse.Namespace], Samples]] = {
+TASKS: dict[str, Callable[[Ways, Job], Samples]] = {
     "ratio": ratio,
     "ways": compare,
     "memory-fused": memory,
@@ -145,25 +148,23 @@ TASKS: dict[str, Callable[[Ways, argparse.Namespace], Samples]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--task", choices=TASKS, required=True)
-    for name in ("hidden", "vocabulary", "tokens", "repetitions"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--compared", nargs="+", required=True)
-    parser.add_argument("--series", choices=("tokens", "columns"))
-    parser.add_argument("--sizes", type=int, nargs="+")
-    parser.add_argument("--problem", type=Path)
-    parser.add_argument("--tail-tolerance", type=float, default=0.0)
-    parsed = parser.parse_args()
+def run(job: Job) -> Samples:
+    if job.problem is None:
+        ways = Ways.random(job.tokens, job.hidden, job.vocabulary)
+    else:
+        ways = Ways.of_rollouts(Path(job.problem))
+    ways.memory_budget = job.memory_budget
+    return TASKS[job.task](ways, job)
 
+
+def main() -> None:
+    jobs = [Job(**values) for values in json.loads(sys.argv[1])]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     distributed.initialize(ParallelLayout(tensor=int(os.environ["WORLD_SIZE"])))
-    if parsed.problem is None:
-        ways = Ways.random(parsed.tokens, parsed.hidden, parsed.vocabulary)
-    else:
-        ways = Ways.of_rollouts(parsed.problem)
-    samples = TASKS[parsed.task](ways, parsed)
+    samples = []
+    for job in jobs:
+        samples.append(run(job))
+        gc.collect()
     if dist.get_rank() == 0:
         print(json.dumps(samples), flush=True)
     distributed.shutdown()

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drpo_megatron.platform import has_cuda
 from drpo_megatron.platform.process import HUGE_PAGES
 from drpo_megatron.platform.versions import versions
 
-BENCHES = ("step", "loss", "prefix", "sync", "checkpoint", "convert", "fp8", "plan")
+BENCHES = ("step", "update", "loss", "prefix", "sync", "checkpoint", "convert", "fp8", "plan")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,12 @@ class Figure:
 
 
 def machine() -> dict[str, Any]:
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    import torch
+
+    made = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    if has_cuda():
+        made |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    return made
 
 
 def run_worker(module: str, *arguments: object) -> Any:

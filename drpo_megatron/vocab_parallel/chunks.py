@@ -78,10 +78,14 @@ class WeightGradient:
     def add_product(self, operand_CV: Tensor, hidden_CH: Tensor) -> None:
         """Add operandᵀ·hidden to the first V rows, without a temporary of [V, H]."""
         num_columns = operand_CV.shape[1]
-        if operand_CV.dtype == self.total_VH.dtype:
-            self.total_VH[:num_columns].addmm_(operand_CV.t(), hidden_CH)
+        total_VH = self.total_VH[:num_columns]
+        if operand_CV.dtype == total_VH.dtype:
+            total_VH.addmm_(operand_CV.t(), hidden_CH)
             return
-        # No mixed-precision product accumulates in place on every device: a block of rows at a time.
+        if operand_CV.is_cuda and total_VH.dtype == torch.float32:
+            torch.addmm(total_VH, operand_CV.t(), hidden_CH, out_dtype=torch.float32, out=total_VH)
+            return
+        # torch has that product only for CUDA: a block of rows at a time.
         step = max(1, _CAST_ELEMENTS // hidden_CH.shape[1])
         for start in range(0, num_columns, step):
             block_CB = operand_CV[:, start : start + step]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from drpo_megatron.bench import checkpoint, convert, loss, prefix, sync
+from drpo_megatron.bench import checkpoint, convert, loss, prefix, sync, update
+from drpo_megatron.bench.report import run_worker
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -75,27 +78,34 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(figures[name].value > 0 for name in figures if name.endswith(("write", "ratio")))
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_tasks() -> None:
     """The sizes that count are the bench's own; here each task only has to run."""
-    monkeypatch.setattr(loss, "REPETITIONS", 2)
-    monkeypatch.setattr(loss, "SERIES_TOKENS", (64, 128, 256))
     # Without the peers the other ways still run; the bench itself refuses.
     installed = all((loss.PEERS / name).is_dir() for name in ("trl", "verl"))
-    monkeypatch.setattr(loss, "COMPARED", loss.COMPARED if installed else ("dense", "plain", "mcore"))
+    compared = loss.COMPARED if installed else ("dense", "plain", "mcore")
+    job = loss.Job("ratio", hidden=64, vocabulary=512, tokens=256, repetitions=2, compared=compared)
+    ratio, traffic = loss.run_worker(2, [job, replace(job, task="traffic")])
+    assert len(ratio["ratio"]) == 2 and min(ratio["ratio"]) > 0
+    assert traffic == {"collectives_per_chunk": [1.0], "bytes_per_token": [16.0]}
+    series = replace(job, task="series", tokens_of_series=(64, 128, 256))
+    memory, ways, by_tokens = loss.run_worker(1, [replace(job, task="memory-fused"), replace(job, task="ways"), series])
+    assert memory["bytes"][0] < 2**30
+    assert ways.keys() == {*compared, "masked"} and all(len(s) == 2 and min(s) > 0 for s in ways.values())
+    assert by_tokens.keys() == {"64", "128", "256"} and all(len(s) == 2 for s in by_tokens.values())
 
 
-@pytest.mark.usefixtures("small")
-def test_loss_tasks() -> None:
-    sizes = {"hidden": 64, "vocabulary": 512, "tokens": 256}
-    (ratios,) = loss.run_worker(2, "ratio", **sizes).values()
-    assert len(ratios) == 2 and min(ratios) > 0
-    assert loss.run_worker(2, "traffic", **sizes) == {"collectives_per_chunk": [1.0], "bytes_per_token": [16.0]}
-    ways = loss.run_worker(1, "ways", **sizes)
-    assert ways.keys() == {*loss.COMPARED, "masked"} and all(len(s) == 2 and min(s) > 0 for s in ways.values())
-    assert loss.run_worker(1, "memory-fused", **sizes)["bytes"][0] < 2**30
-    series = loss.run_worker(1, "series", **sizes, series="tokens")
-    assert series.keys() == {"64", "128", "256"} and all(len(s) == 2 for s in series.values())
+def test_updates(tmp_path: Path) -> None:
+    """A worker goes through the variants; with whole logits an update is the same."""
+    names = update.variants(None)
+    files = []
+    for name, overrides in names.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(json.dumps(update.settings(tmp_path / "model", overrides)))
+    measured = run_worker("drpo_megatron.bench.update_worker", *files)
+    figures = update.figures(dict(zip(names, measured, strict=True)))
+    assert figures["grad_norm_float32"].value == pytest.approx(figures["grad_norm_float32_dense"].value, rel=1e-4)
+    assert figures["speedup_float32"].value == 1.0
+    assert all(len(one["seconds"]) == update.REPETITIONS and min(one["seconds"]) > 0 for one in measured)
 
 
 def test_loss_ways_agree() -> None:

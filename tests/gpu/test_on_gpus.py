@@ -14,10 +14,10 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB_SIZE, write
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices: two ranks and a server"),
-]
+pytestmark = pytest.mark.gpu
+needs_three = pytest.mark.skipif(
+    torch.cuda.device_count() < 3, reason="needs three CUDA devices: two ranks and a server"
+)
 
 LENGTHS = (5, 1, 90, 32)
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,7 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device for Transformer Engine's layers")
 @pytest.mark.parametrize("family", DENSE)
 def test_transformer_engine_logits(tmp_path: Path, family: str) -> None:
     """bf16 rounds to 2^-8: the error of both engines against float32 must be of the same size."""
@@ -93,6 +94,7 @@ def train(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, Any]]:
     return steps
 
 
+@needs_three
 @pytest.mark.parametrize("transport", ["distributed", "shared_memory", "disk", "delta"])
 def test_quickstart_on_gpus(tmp_path: Path, transport: str) -> None:
     """NCCL, the distributed optimizer, checksums of GPU weights; the other ways for weights."""
@@ -102,6 +104,7 @@ def test_quickstart_on_gpus(tmp_path: Path, transport: str) -> None:
     assert all(s["mismatch/abs_dlogp_mean"] < 0.05 for s in steps)
 
 
+@needs_three
 def test_routing_replay_on_gpus(tmp_path: Path) -> None:
     """Transformer Engine's layers with our router, grouped experts over two ranks, experts recorded by SGLang."""
     steps = train(tmp_path, "tiny-qwen3-moe")

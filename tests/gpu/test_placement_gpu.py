@@ -21,27 +21,28 @@ from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 from tests.distributed.test_placement import CASES, UPDATES, move_between_updates
 from tests.distributed.test_train_step import make_sequences
+from tests.gpu.devices import needs_devices
 from tests.ranks import run_ranks
 from tests.rollout.helpers import make_prompts, perturb
 from tests.tiny_models import VOCAB_SIZE, write
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, which ranks and server share"),
-]
+pytestmark = pytest.mark.gpu
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 # Transformer Engine's attention over packed sequences is for 16-bit numbers.
 ON_GPU = {name: settings for name, settings in CASES.items() if name.startswith("bfloat16")}
 
 
-def test_moving_out_and_back_on_gpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_moving_out_and_back_on_gpus(tmp_path: Path, ranks: int) -> None:
     """No weight, gradient or optimizer state is left on the device, and the updates are those of a trainer that stays,
     up to the order of atomic additions.
     """
+    needs_devices(ranks)
     write("qwen2", tmp_path / "qwen2")
     sequences = make_sequences(VOCAB_SIZE)
-    reports = run_ranks(2, move_between_updates, str(tmp_path / "qwen2"), {"data": 2}, sequences, ON_GPU, timeout_s=600)
+    layout, model = {"data": ranks}, str(tmp_path / "qwen2")
+    reports = run_ranks(ranks, move_between_updates, model, layout, sequences, ON_GPU, timeout_s=600)
     for report in reports:
         for case, found in report.items():
             weights, _ = found["before"]
@@ -54,6 +55,7 @@ def test_moving_out_and_back_on_gpus(tmp_path: Path) -> None:
 
 
 def test_a_server_frees_its_device(tmp_path: Path) -> None:
+    needs_devices(1)
     model = write("qwen3", tmp_path, dtype=torch.bfloat16)
     config = RolloutConfig(
         prompts_per_step=4,
@@ -91,6 +93,7 @@ def test_a_server_frees_its_device(tmp_path: Path) -> None:
 )
 def test_taking_turns_on_gpus(tmp_path: Path, transport: str, servers: str) -> None:
     """Two ranks, and a server of two ranks or two servers, on the same two devices."""
+    needs_devices(2)
     arguments = [
         *("-m", "drpo_megatron.cli", "train", str(QUICKSTART)),
         f"tracking.directory={tmp_path}",
