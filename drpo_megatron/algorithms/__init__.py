@@ -10,6 +10,7 @@ from drpo_megatron.algorithms.losses import (
     LossInputs,
     LossOutputs,
     evaluate,
+    loss_and_coefficient,
     loss_parameters,
     make_loss,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "compute_advantages",
     "evaluate",
     "fraction_without_signal",
+    "loss_and_coefficient",
     "loss_parameters",
     "make_loss",
     "sequence_weights",

@@ -226,15 +226,21 @@ def cispo(x: LossInputs, *, eps_high: float) -> Tensor:
     return -t.r_T.detach().clamp(max=1 + eps_high) * t.A_T * t.logp_T
 
 
-def evaluate(loss_function: LossFunction, x: LossInputs) -> LossOutputs:
-    """Evaluate a loss and take its coefficients through autograd, whatever the loss.
-
-    `loss_T` is differentiable with respect to `x.logp_T` when that is; the coefficients are there in either case.
-    """
+def loss_and_coefficient(loss_function: LossFunction, x: LossInputs) -> tuple[Tensor, Tensor]:
+    """`loss_T` and `coefficient_T` of `LossOutputs`, by autograd whatever the loss."""
     with torch.enable_grad():
         x = x if x.logp_T.requires_grad else replace(x, logp_T=x.logp_T.detach().requires_grad_())
         loss_T = loss_function(x)
         (coefficient_T,) = torch.autograd.grad(loss_T.sum(), x.logp_T, retain_graph=True)
+    return loss_T, coefficient_T
+
+
+def evaluate(loss_function: LossFunction, x: LossInputs) -> LossOutputs:
+    """Evaluate a loss with its coefficients and weights.
+
+    `loss_T` is differentiable with respect to `x.logp_T` when that is; the coefficients are there in either case.
+    """
+    loss_T, coefficient_T = loss_and_coefficient(loss_function, x)
     with torch.no_grad():
         t = _terms(x)
         gradient_T = t.A_T * t.r_T

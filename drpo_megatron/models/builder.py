@@ -24,6 +24,7 @@ from drpo_megatron.config.schema import Fp8Config
 from drpo_megatron.fp8.emulation import emulate
 from drpo_megatron.fp8.recipes import is_emulated, transformer_engine_arguments
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
+from drpo_megatron.models.hf_sections import MLAConfig, RopeConfig
 from drpo_megatron.models.packs import prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
 from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams, RouterTraining, bind_routers
@@ -140,8 +141,7 @@ def transformer_config(
         # These fusions are Transformer Engine, apex or torch.compile kernels.
         bias_activation_fusion=fused and hf.activation == "silu",
         bias_dropout_fusion=fused,
-        # Megatron-Core has no fused kernel for multi-latent attention without yarn.
-        apply_rope_fusion=fused and (hf.mla is None or hf.rope.type == "yarn"),
+        apply_rope_fusion=fused and (hf.mla is None or _has_rope_kernel(hf.mla, hf.rope)),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
@@ -175,6 +175,12 @@ def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, router: RouterTrai
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
     }
+
+
+def _has_rope_kernel(mla: MLAConfig, rope: RopeConfig) -> bool:
+    """Whether Megatron-Core has a kernel for this latent attention: with yarn, and powers of two (a Triton kernel)."""
+    sizes = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim)
+    return rope.type == "yarn" and all(size & (size - 1) == 0 for size in sizes)
 
 
 def _mla_arguments(hf: HFModelConfig) -> dict[str, Any]:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from drpo_megatron.algorithms import SEQUENCE_LEVEL_LOSSES, LossFunction, LossInputs, evaluate
+from drpo_megatron.algorithms import SEQUENCE_LEVEL_LOSSES, LossFunction, LossInputs, loss_and_coefficient
 from drpo_megatron.vocab_parallel.chunks import DEFAULT_MEMORY_BUDGET, Shard, WeightGradient
-from drpo_megatron.vocab_parallel.head import select_tokens
+from drpo_megatron.vocab_parallel.head import select_tokens, trained_tokens
 from drpo_megatron.vocab_parallel.projection import ChunkedGradients, ChunkedProjection
 from drpo_megatron.vocab_parallel.tail import TailReport
 
@@ -82,10 +82,11 @@ def fused_policy_loss(
     if tail_tolerance < 0:
         raise ValueError(f"tail_tolerance is a relative error and cannot be negative, got {tail_tolerance}")
     shard = Shard.of(weight_VH, group, vocab_size, temperature)
-    hidden_NH = select_tokens(hidden_TH, targets_T, mask_T, group, sequence_parallel)
+    trained_N = trained_tokens(targets_T, mask_T)
+    hidden_NH = select_tokens(hidden_TH, targets_T, trained_N, group, sequence_parallel)
     grad_mode = torch.is_grad_enabled()
     with torch.no_grad():
-        work = ChunkedProjection(hidden_NH.detach(), weight_VH.detach(), targets_T[mask_T], shard, memory_budget)
+        work = ChunkedProjection(hidden_NH.detach(), weight_VH.detach(), targets_T[trained_N], shard, memory_budget)
         backward = ChunkedGradients(
             work,
             grad_hidden=grad_mode and hidden_NH.requires_grad,
@@ -93,7 +94,8 @@ def fused_policy_loss(
             main_grad_VH=getattr(weight_VH, "main_grad", None),
             tail_tolerance=tail_tolerance,
         )
-        logmu_N, advantages_N, weights_N = logmu_T[mask_T], advantages_T[mask_T], weights_T[mask_T]
+        logmu_N, advantages_N, weights_N = (t[trained_N] for t in (logmu_T, advantages_T, weights_T))
+        everywhere_N, one_sequence_N = torch.ones_like(trained_N, dtype=torch.bool), torch.zeros_like(trained_N)
         loss = torch.zeros((), dtype=work.dtype, device=hidden_NH.device)
         for chunk in work.with_statistics(exponentiate=backward.needed):
             rows = chunk.rows
@@ -101,21 +103,21 @@ def fused_policy_loss(
                 logp_T=work.logp_N[rows],
                 logmu_T=logmu_N[rows],
                 advantages_T=advantages_N[rows],
-                mask_T=torch.ones_like(targets_T[: rows.stop - rows.start], dtype=torch.bool),
-                sequence_ids_T=torch.zeros_like(targets_T[: rows.stop - rows.start]),
+                mask_T=everywhere_N[rows],
+                sequence_ids_T=one_sequence_N[rows],
                 num_sequences=1,
             )
-            outputs = evaluate(loss_function, inputs)
+            loss_C, coefficient_C = loss_and_coefficient(loss_function, inputs)
             weights_C = weights_N[rows]
-            loss += (weights_C * outputs.loss_T.detach()).sum()
+            loss += (weights_C * loss_C.detach()).sum()
             grad_entropy_C = None
             if entropy_coefficient:
                 loss -= entropy_coefficient * (weights_C * work.entropy_N[rows]).sum()
                 grad_entropy_C = (-entropy_coefficient * weights_C).to(work.dtype)
             if backward.needed:
-                grad_logp_C = (weights_C * outputs.coefficient_T).to(work.dtype)
+                grad_logp_C = (weights_C * coefficient_C).to(work.dtype)
                 backward.chunk_(chunk, grad_logp_C, grad_entropy_C, exponentiated=True)
-        work.check(mask_T)
+        work.check(trained_N)
     if backward.needed:
         loss = _HandOver.apply(hidden_NH, weight_VH, loss, backward)
     return FusedLoss(loss, work.logp_N, work.entropy_N, backward.tail)
@@ -138,10 +140,11 @@ def fused_logprobs(
     The weight's gradient goes to its `main_grad` where there is one. Raises as `fused_policy_loss`.
     """
     shard = Shard.of(weight_VH, group, vocab_size, temperature)
-    hidden_NH = select_tokens(hidden_TH, targets_T, mask_T, group, sequence_parallel)
+    trained_N = trained_tokens(targets_T, mask_T)
+    hidden_NH = select_tokens(hidden_TH, targets_T, trained_N, group, sequence_parallel)
     main_grad_VH = getattr(weight_VH, "main_grad", None)
     logp_N, entropy_N = _Recomputed.apply(
-        hidden_NH, weight_VH, targets_T[mask_T], mask_T, shard, memory_budget, main_grad_VH
+        hidden_NH, weight_VH, targets_T[trained_N], trained_N, shard, memory_budget, main_grad_VH
     )
     return logp_N, entropy_N
 
@@ -195,7 +198,7 @@ class _Recomputed(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         targets_N: Tensor,
-        mask_T: Tensor,
+        trained_N: Tensor,
         shard: Shard,
         memory_budget: int,
         main_grad_VH: Tensor | None,
@@ -203,7 +206,7 @@ class _Recomputed(torch.autograd.Function):
         work = ChunkedProjection(hidden_NH, weight_VH, targets_N, shard, memory_budget)
         for _ in work.with_statistics(exponentiate=False):
             pass
-        work.check(mask_T)
+        work.check(trained_N)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, work.logp_N, work.entropy_N, work.log_normalizer_N)
         ctx.weight, ctx.shard, ctx.memory_budget, ctx.main_grad_VH = weight_VH, shard, memory_budget, main_grad_VH

@@ -42,28 +42,41 @@ def project_logprobs(
     The weight's gradient is the shard's own. The hidden gradient is summed over the group: an all-reduce of [N, H], or
     the reduce-scatter of [T, H] that belongs to the sequence-parallel gather.
     """
-    hidden_NH = select_tokens(hidden_TH, targets_T, mask_T, group, sequence_parallel)
+    trained_N = trained_tokens(targets_T, mask_T)
+    hidden_NH = select_tokens(hidden_TH, targets_T, trained_N, group, sequence_parallel)
     logits_NV = linear(hidden_NH, weight_VH)
     return vocab_parallel_logprob_entropy(
-        logits_NV, targets_T[mask_T], group=group, vocab_size=vocab_size, temperature=temperature
+        logits_NV, targets_T[trained_N], group=group, vocab_size=vocab_size, temperature=temperature
     )
 
 
+def trained_tokens(targets_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Where `mask_T` is true, int64 [N]. A GPU is waited for here once, and not at each indexing by the mask.
+
+    Raises ValueError when mask and targets do not match in length.
+    """
+    if len(targets_T) != len(mask_T):
+        raise ValueError(f"{len(targets_T)} targets and {len(mask_T)} mask entries: they belong to the same tokens")
+    return mask_T.nonzero().squeeze(1)
+
+
 def select_tokens(
-    hidden_TH: Tensor, targets_T: Tensor, mask_T: Tensor, group: ProcessGroup | None, sequence_parallel: bool
+    hidden_TH: Tensor, targets_T: Tensor, trained_N: Tensor, group: ProcessGroup | None, sequence_parallel: bool
 ) -> Tensor:
-    """The masked-in tokens' hidden states [N, H], whose gradient is summed over the group on its way back.
+    """The hidden states [N, H] of the tokens at the distinct places `trained_N`, in order, whose gradient is summed
+    over the group on its way back.
 
     Raises ValueError when hidden states and targets do not match in length.
     """
     if sequence_parallel and group is not None:
         hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=group)
-    if not len(hidden_TH) == len(targets_T) == len(mask_T):
+    if len(hidden_TH) != len(targets_T):
         raise ValueError(
-            f"{len(hidden_TH)} hidden states for {len(targets_T)} targets and {len(mask_T)} mask entries: "
+            f"{len(hidden_TH)} hidden states for {len(targets_T)} targets: "
             "pass sequence_parallel=True exactly when hidden states are split over the group"
         )
-    hidden_NH = hidden_TH if bool(mask_T.all()) else hidden_TH[mask_T]  # not copied when nothing is left out
+    # Not copied when nothing is left out.
+    hidden_NH = hidden_TH if len(trained_N) == len(hidden_TH) else hidden_TH.index_select(0, trained_N)
     if group is not None and not sequence_parallel:
         # After the selection, so that only trained tokens travel in the backward pass.
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)

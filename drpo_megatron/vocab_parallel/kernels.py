@@ -26,6 +26,10 @@ class Kernels(Protocol):
         exponentiate: bool,
     ) -> Tensor: ...
 
+    def merge(self, gathered_RC4: Tensor, logp_C: Tensor, entropy_C: Tensor, log_normalizer_C: Tensor) -> None: ...
+
+    def scale_rows(self, matrix_CH: Tensor, factor_C: Tensor, out_CH: Tensor) -> Tensor: ...
+
     def gradient_(
         self,
         logits_CV: Tensor,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from drpo_megatron.vocab_parallel.chunks import Shard, WeightGradient, chunk_tokens, statistics_dtype
 from drpo_megatron.vocab_parallel.kernels import Kernels, kernels_for
-from drpo_megatron.vocab_parallel.logprob import merge_statistics
 from drpo_megatron.vocab_parallel.tail import ChunkGradient, SparseBackward, TailReport
 
 
@@ -70,7 +69,7 @@ class ChunkedProjection:
             logits_CV = torch.mm(hidden_CH, self.valid_VH.t(), out=buffer_CV[: len(hidden_CH)])
             yield Chunk(rows, logits_CV, nothing, nothing, None)
 
-    def check(self, mask_T: Tensor) -> None:
+    def check(self, trained_N: Tensor) -> None:
         """Raises when a log-prob is not finite: FloatingPointError for the network's numbers, ValueError for a target
         outside the vocabulary.
         """
@@ -78,7 +77,7 @@ class ChunkedProjection:
         if not bool(bad_N.any()):
             return
         first = int(bad_N.nonzero()[0])
-        token = int(mask_T.nonzero()[first])
+        token = int(trained_N[first])
         rank = dist.get_rank() if dist.is_initialized() else 0
         where = f"rank {rank}, token {token} of the micro-batch ({int(bad_N.sum())} of {len(bad_N)} trained tokens)"
         if not bool(torch.isfinite(self.hidden_NH[first]).all()):
@@ -112,8 +111,8 @@ class ChunkedProjection:
     def _merge(self, chunk: Chunk) -> None:
         if chunk.travelling is not None:
             chunk.travelling.wait()
-        merged = merge_statistics(chunk.gathered_RC4)
-        self.logp_N[chunk.rows], self.entropy_N[chunk.rows], self.log_normalizer_N[chunk.rows] = merged
+        rows = chunk.rows
+        self.kernels.merge(chunk.gathered_RC4, self.logp_N[rows], self.entropy_N[rows], self.log_normalizer_N[rows])
 
 
 class ChunkedGradients:
@@ -158,7 +157,7 @@ class ChunkedGradients:
         if work.shard.valid == 0:
             return
         hidden_CH = work.hidden_NH[rows]
-        scaled_CH = (hidden_CH * factor_C[:, None]).to(hidden_CH.dtype)
+        scaled_CH = work.kernels.scale_rows(hidden_CH, factor_C, torch.empty_like(hidden_CH))
         if self._sparse is not None and self.weight is not None and self.grad_hidden_NH is not None:
             gradient = ChunkGradient(
                 operand_CV=chunk.logits_CV,
@@ -176,4 +175,4 @@ class ChunkedGradients:
             self.weight.add_product(chunk.logits_CV, scaled_CH)
         if self.grad_hidden_NH is not None:
             product_CH = torch.mm(chunk.logits_CV, work.valid_VH)
-            self.grad_hidden_NH[rows] = product_CH * factor_C[:, None]
+            work.kernels.scale_rows(product_CH, factor_C, self.grad_hidden_NH[rows])

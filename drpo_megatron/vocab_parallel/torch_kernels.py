@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from drpo_megatron.vocab_parallel.chunks import statistics_dtype
-from drpo_megatron.vocab_parallel.logprob import owned_targets
+from drpo_megatron.vocab_parallel.logprob import merge_statistics, owned_targets
 
 CACHE_ELEMENTS = 160 * 2**10
 """Elements of a thread's share of a block of rows: in float32 640 KiB, and as much scratch, fit a core's own cache."""
@@ -38,7 +38,7 @@ _LOG2_E = 1 / math.log(2)
 
 # exp(±d) must stay in range. Where d is larger, this shard's probabilities are below exp(HEADROOM − 48) ≈ 7e-13 each:
 # they count as that much, which float32 cannot tell from zero beside the target's 1.
-_LARGEST_SHIFT = {torch.float32: 48.0, torch.float64: 300.0}
+LARGEST_SHIFT = {torch.float32: 48.0, torch.float64: 300.0}
 
 
 def project(
@@ -121,6 +121,17 @@ def _raise_maximum_(stats_R4: Tensor, maximum_R: Tensor, exponentials_RV: Tensor
         exponentials_RV.mul_(scale_R[:, None].to(exponentials_RV.dtype))
 
 
+def merge(gathered_RC4: Tensor, logp_C: Tensor, entropy_C: Tensor, log_normalizer_C: Tensor) -> None:
+    """The statistics of all ranks into log-prob, entropy and log normalizer; see `merge_statistics`."""
+    for out_C, merged_C in zip((logp_C, entropy_C, log_normalizer_C), merge_statistics(gathered_RC4), strict=True):
+        out_C.copy_(merged_C)
+
+
+def scale_rows(matrix_CH: Tensor, factor_C: Tensor, out_CH: Tensor) -> Tensor:
+    """factor_C[:, None] · matrix_CH into `out_CH`, in its dtype; returns it."""
+    return out_CH.copy_(matrix_CH * factor_C[:, None])
+
+
 def gradient_(
     logits_CV: Tensor,
     targets_C: Tensor,
@@ -144,7 +155,7 @@ def gradient_(
         log_scale_C = shift_C
     else:
         log_scale_C = log_normalizer_C - maximum_C
-        shift_C = log_scale_C.clamp(max=_LARGEST_SHIFT[log_scale_C.dtype])
+        shift_C = log_scale_C.clamp(max=LARGEST_SHIFT[log_scale_C.dtype])
     factor_C = torch.exp(-shift_C).div_(-temperature)
     target_C = torch.expm1(logp_C)  # p − 1 without the cancellation
     if grad_entropy_C is None:

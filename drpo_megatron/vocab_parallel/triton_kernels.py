@@ -18,9 +18,10 @@ from torch import Tensor
 
 from drpo_megatron.vocab_parallel import torch_kernels
 
-_INTERPRETER_BLOCK = 256
+_INTERPRETER_BLOCK, _TOKEN_BLOCK, _HIDDEN_BLOCK = 256, 128, 1024
 _LOWEST = tl.constexpr(-3.0e38)
 _HEADROOM = tl.constexpr(torch_kernels.HEADROOM)
+_LARGEST_SHIFT = tl.constexpr(torch_kernels.LARGEST_SHIFT[torch.float32])
 
 
 @triton.jit
@@ -42,8 +43,9 @@ def _statistics(
     first = tl.load(logits + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < num_columns, other=-float("inf"))
     m = tl.maximum(tl.max(first.to(tl.float32) * inverse_temperature, axis=0), _LOWEST)
     m = tl.maximum(m, tl.where(owned, g, _LOWEST))
-    s = 0.0
-    q = 0.0  # Σ exp(z − m)·(z − m)
+    # Sums of each column of the blocks: one reduction a block, of the maximum, is what a block waits for.
+    s_B = tl.zeros([BLOCK], dtype=tl.float32)
+    q_B = tl.zeros([BLOCK], dtype=tl.float32)  # of exp(z − m)·(z − m)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
@@ -53,8 +55,8 @@ def _statistics(
             # Rare: what is summed and stored so far is taken relative to a higher m.
             moved = m - highest
             scale = tl.exp(moved)
-            q = scale * (q + tl.where(s > 0.0, moved * s, 0.0))
-            s = scale * s
+            q_B = scale * (q_B + tl.where(s_B > 0.0, moved * s_B, 0.0))
+            s_B = scale * s_B
             m = highest
             if EXPONENTIATE:
                 tl.debug_barrier()
@@ -64,10 +66,12 @@ def _statistics(
                     tl.store(logits + done, e.to(logits.dtype.element_ty))
         shifted = z - m
         e = tl.exp(shifted)
-        s += tl.sum(e, axis=0)
-        q += tl.sum(tl.where(e > 0.0, e * shifted, 0.0), axis=0)  # e·log e → 0 as e → 0
+        s_B += e
+        q_B += tl.where(e > 0.0, e * shifted, 0.0)  # e·log e → 0 as e → 0
         if EXPONENTIATE:
             tl.store(logits + columns, e.to(logits.dtype.element_ty), mask=inside)
+    s = tl.sum(s_B, axis=0)
+    q = tl.sum(q_B, axis=0)
     tl.store(stats + row * 4, m)
     tl.store(stats + row * 4 + 1, s)
     tl.store(stats + row * 4 + 2, q)
@@ -106,6 +110,71 @@ def _gradient(
         terms = p * (log_p + tl.load(entropy + row))
         gradient -= tl.load(grad_entropy + row) * tl.where(p > 0.0, terms, 0.0)
     tl.store(logits + columns, (gradient * inverse_temperature).to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge(stats, logp, entropy, log_normalizer, num_tokens, num_ranks, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    highest = tl.full([BLOCK], _LOWEST, dtype=tl.float32)
+    g = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+    for rank in range(num_ranks):
+        of_rank = stats + (rank * num_tokens + token) * 4
+        highest = tl.maximum(highest, tl.load(of_rank, mask=inside, other=0.0))
+        g = tl.maximum(g, tl.load(of_rank + 3, mask=inside, other=0.0))
+    s = tl.zeros([BLOCK], dtype=tl.float32)
+    q = tl.zeros([BLOCK], dtype=tl.float32)
+    for rank in range(num_ranks):
+        of_rank = stats + (rank * num_tokens + token) * 4
+        moved = tl.load(of_rank, mask=inside, other=0.0) - highest
+        s_of_rank = tl.load(of_rank + 1, mask=inside, other=1.0)
+        scale = tl.exp(moved)
+        s += scale * s_of_rank
+        q += scale * (tl.load(of_rank + 2, mask=inside, other=0.0) + moved * s_of_rank)
+    log_s = tl.log(s)
+    tl.store(log_normalizer + token, highest + log_s, mask=inside)
+    tl.store(logp + token, tl.where(g == -float("inf"), float("nan"), g - (highest + log_s)), mask=inside)
+    tl.store(entropy + token, log_s - q / s, mask=inside)
+
+
+@triton.jit
+def _finish(
+    logits,
+    targets,
+    maximum,
+    logp,
+    log_normalizer,
+    grad_logp,
+    factor,
+    stride,
+    maximum_stride,
+    num_tokens,
+    num_columns,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    d = tl.load(log_normalizer + token, mask=inside, other=0.0)
+    d = tl.minimum(d - tl.load(maximum + token * maximum_stride, mask=inside, other=0.0), _LARGEST_SHIFT)
+    c = tl.load(grad_logp + token, mask=inside, other=0.0)
+    tl.store(factor + token, -inverse_temperature * c * tl.exp(-d), mask=inside)
+    x = tl.load(logp + token, mask=inside, other=0.0)
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    not_p = tl.where(x > -0.05, series, tl.exp(x) - 1)  # expm1: p − 1 without the cancellation
+    target = tl.load(targets + token, mask=inside, other=-1)
+    owned = inside & (target >= 0) & (target < num_columns)
+    entry = logits + token.to(tl.int64) * stride + target
+    tl.store(entry, (not_p * tl.exp(d)).to(logits.dtype.element_ty), mask=owned)
+
+
+@triton.jit
+def _scale_rows(matrix, factor, out, num_columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    x = tl.load(matrix + row * num_columns + columns, mask=inside, other=0.0).to(tl.float32) * tl.load(factor + row)
+    tl.store(out + row * num_columns + columns, x.to(out.dtype.element_ty), mask=inside)
 
 
 _CONFIGS = [
@@ -153,6 +222,21 @@ def statistics_(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, exp
     return stats_C4
 
 
+def merge(gathered_RC4: Tensor, logp_C: Tensor, entropy_C: Tensor, log_normalizer_C: Tensor) -> None:
+    """As `torch_kernels.merge`."""
+    num_ranks, num_tokens, _ = gathered_RC4.shape
+    grid = (triton.cdiv(num_tokens, _TOKEN_BLOCK),)
+    _merge[grid](gathered_RC4, logp_C, entropy_C, log_normalizer_C, num_tokens, num_ranks, BLOCK=_TOKEN_BLOCK)
+
+
+def scale_rows(matrix_CH: Tensor, factor_C: Tensor, out_CH: Tensor) -> Tensor:
+    """As `torch_kernels.scale_rows`; all contiguous."""
+    num_rows, num_columns = matrix_CH.shape
+    grid = (num_rows, triton.cdiv(num_columns, _HIDDEN_BLOCK))
+    _scale_rows[grid](matrix_CH, factor_C, out_CH, num_columns, BLOCK=_HIDDEN_BLOCK)
+    return out_CH
+
+
 def gradient_(
     logits_CV: Tensor,
     targets_C: Tensor,
@@ -169,17 +253,23 @@ def gradient_(
     num_tokens, num_columns = logits_CV.shape
     if maximum_C is not None and grad_entropy_C is None:
         # Exponentials are the operand but for one entry a token.
-        return torch_kernels.gradient_(
+        factor_C = torch.empty_like(log_normalizer_C)
+        _finish[(triton.cdiv(num_tokens, _TOKEN_BLOCK),)](
             logits_CV,
-            targets_C,
-            maximum_C=maximum_C,
-            logp_C=logp_C,
-            log_normalizer_C=log_normalizer_C,
-            entropy_C=entropy_C,
-            grad_logp_C=grad_logp_C,
-            grad_entropy_C=None,
-            temperature=temperature,
+            targets_C.contiguous(),
+            maximum_C,
+            logp_C.contiguous(),
+            log_normalizer_C.contiguous(),
+            grad_logp_C.float().contiguous(),
+            factor_C,
+            logits_CV.stride(0),
+            maximum_C.stride(0),
+            num_tokens,
+            num_columns,
+            1.0 / temperature,
+            BLOCK=_TOKEN_BLOCK,
         )
+        return factor_C
     ones_C = torch.ones_like(log_normalizer_C)
     if num_columns == 0 or num_tokens == 0:
         return ones_C

@@ -47,6 +47,15 @@ for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloa
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
     assert (stats[3:, 3] == -torch.inf).all()
 
+    # Of this rank and of others, one of which holds nothing.
+    nothing = torch.tensor([torch.finfo(torch.float32).min, 0.0, 0.0, -torch.inf]).expand_as(stats)
+    other = stats.clone()
+    other[:, 0] += 3.0
+    for gathered in (stats[None], torch.stack([nothing, other, stats])):
+        merged = torch.empty(3, 6)
+        triton_kernels.merge(gathered, *merged)
+        for ours, theirs in zip(merged, merge_statistics(gathered), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5, equal_nan=True)
     _, entropy, log_normalizer = merge_statistics(stats[None])
     log_p = torch.log_softmax(exact, -1)
     logp = torch.zeros(6)
@@ -73,6 +82,10 @@ for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloa
             if dtype == torch.float32:
                 torch.testing.assert_close(actual[[0, 3, 4, 5]], expected[[0, 3, 4, 5]], rtol=1e-4, atol=1e-5)
             checked += 1
+    rows, factor = torch.randn(6, 1500, generator=g).to(dtype), torch.randn(6, generator=g)
+    scaled = [kernels.scale_rows(rows, factor, torch.empty_like(rows)) for kernels in (triton_kernels, torch_kernels)]
+    # The interpreter truncates.
+    torch.testing.assert_close(*scaled, rtol=8e-3 if dtype == torch.bfloat16 else 0, atol=0)
 none = torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(2, dtype=torch.int64), 1.0, torch.zeros(2, 0)
 empty, expected = (kernels.project(*none, exponentiate=True) for kernels in (triton_kernels, torch_kernels))
 torch.testing.assert_close(empty, expected)
