@@ -325,7 +325,7 @@ def test_transformer_engine_gets_the_settings() -> None:
     emulation follows are those of the installed version.
     """
     with te_install.directory() as path:
-        found = run_ranks(1, te_recipes, path)[0]
+        found = run_ranks(1, te_recipes, path, spawn=True)[0]
     numbers = found.pop("numbers")
     names = {
         "delayed": "DelayedScaling",
