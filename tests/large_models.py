@@ -20,6 +20,7 @@ from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.platform.layout import ParallelLayout
 
 HF_CONFIGS = Path(__file__).parent / "data" / "hf_configs"
+_IN_PLACE = "fuse_wgrad_accumulation"  # of Transformer Engine's linear layers
 
 
 @dataclass
@@ -140,8 +141,12 @@ def _compare(
                 params_dtype=dtype,
                 recompute=recompute,
                 spec_backend=spec_backend,
+                accumulate_gradients=True,
                 device=META,
             )
+            if spec_backend == "transformer_engine":
+                in_place = [m.fuse_wgrad_accumulation for c in chunks for m in c.modules() if hasattr(m, _IN_PLACE)]
+                assert in_place and all(in_place), "weight gradients are made apart and then added"
             stage = parallel_state.get_pipeline_model_parallel_rank()
             first_of_stage = parallel_state.get_expert_model_parallel_rank() == 0
             states = model_state_memory(chunks, layout, distributed_optimizer=distributed_optimizer)

@@ -1,8 +1,8 @@
 """Record a report of `drpo bench NAME --json` under docs/results/: the JSON, a table, and for `loss` a picture.
 
-    python tools/record_bench.py REPORT.json
+    python tools/record_bench.py REPORT.json [--note SENTENCE]
 
-Every number on the page comes from the report.
+Every number on the page comes from the report. A report of a machine with a GPU gets a page of its own, with its name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ TITLES = {
     "convert": "A conversion over a bare write of the same bytes",
     "fp8": "FP8 stability, the reduced grid",
     "step": "Where the time of a step goes",
+    "update": "What an update costs",
     "plan": "The memory that a plan predicts, over what is measured",
 }
 LABELS = {
@@ -39,7 +40,7 @@ LABELS = {
 
 
 def bars(axis: Any, figures: dict[str, Any], prefix: str, title: str) -> None:
-    names = [name for name in LABELS if name.startswith(prefix)]
+    names = [name for name in LABELS if name.startswith(prefix) and name in figures]
     for x, name in enumerate(names):
         value, (low, high) = figures[name]["value"], figures[name]["spread"]
         axis.bar(x, value, color="#4477aa", width=0.6)
@@ -91,18 +92,22 @@ def table(report: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
-    report = json.loads(parser.parse_args().report.read_text().splitlines()[-1])
+    parser.add_argument("--note", help="what a reader must know of this run")
+    parsed = parser.parse_args()
+    report = json.loads(parsed.report.read_text().splitlines()[-1])
     name, machine = report["bench"], report["machine"]
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    gpu = machine.get("gpu")
+    page_name = name if gpu is None else f"{name}-{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}"
+    (RESULTS / f"{page_name}.json").write_text(json.dumps(report, indent=1) + "\n")
     picture: list[str] = []
     if name == "loss":
-        draw(report["figures"], RESULTS / "loss.png")
-        picture = ["![Ratios, speed-ups and growth](loss.png)", ""]
+        draw(report["figures"], RESULTS / f"{page_name}.png")
+        picture = [f"![Ratios, speed-ups and growth]({page_name}.png)", ""]
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     page = [
-        f"# {TITLES[name]}",
+        f"# {TITLES[name]}" + (f": {gpu}" if gpu else ""),
         "",
-        f"{machine['cores']} cores, {machine['cpu']}, no GPU; Python {machine['python']}, {versions}.",
+        f"{machine['cores']} cores, {machine['cpu']}, {gpu or 'no GPU'}; Python {machine['python']}, {versions}.",
         "Written by `tools/record_bench.py` from the report of",
         "",
         "```bash",
@@ -112,10 +117,11 @@ def main() -> None:
         "",
         f"What each figure is: the docstring of [bench/{name}.py](../../drpo_megatron/bench/{name}.py).",
         "",
+        *([parsed.note, ""] if parsed.note else []),
         *picture,
         *table(report),
     ]
-    (RESULTS / f"{name}.md").write_text("\n".join(page) + "\n")
+    (RESULTS / f"{page_name}.md").write_text("\n".join(page) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Record finished runs of one recipe under docs/results/: their metrics, a picture of the curves, and a page of facts.
 
-    python tools/record_results.py NAME RUN [RUN …]
+    python tools/record_results.py NAME RUN [RUN …] [--page PAGE --machine MACHINE --overrides OVERRIDES --note NOTE]
 
 NAME is the recipe (configs/NAME.yaml), each RUN a run directory of it. Every number on the page comes from the runs.
+The options are for runs that were not made as the recipe says on this machine: the page's name, what the machine is,
+with its Python, the settings behind the command, and what a reader must know.
 """
 
 from __future__ import annotations
@@ -43,22 +45,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--page")
+    here = f"Python {platform.python_version()}; two cores of an x86-64 machine without a GPU, shared with other work"
+    parser.add_argument("--machine", default=here)
+    parser.add_argument("--overrides", default="")
+    parser.add_argument("--note")
     parsed = parser.parse_args()
+    page = parsed.page or parsed.name
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = sorted(row(run) for run in parsed.runs)
     for run in parsed.runs:
-        shutil.copy(run / "metrics.jsonl", RESULTS / f"{parsed.name}-seed{row(run)[0]}.jsonl")
-    plot_runs(parsed.runs, RESULTS / f"{parsed.name}.png")
+        shutil.copy(run / "metrics.jsonl", RESULTS / f"{page}-seed{row(run)[0]}.jsonl")
+    plot_runs(parsed.runs, RESULTS / f"{page}.png")
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [
-        f"# {parsed.name}",
+        f"# {page}",
         "",
         f"Recipe: [configs/{parsed.name}.yaml](../../configs/{parsed.name}.yaml).",
-        f"Python {platform.python_version()}, {versions};",
-        "two cores of an x86-64 machine without a GPU, shared with other work. Written by `tools/record_results.py`.",
+        f"{parsed.machine}; {versions}.",
+        "Written by `tools/record_results.py`.",
         "",
         "```bash",
-        *(f".venv/bin/drpo train configs/{parsed.name}.yaml seed={seed}" for seed, _ in rows),
+        *(
+            f".venv/bin/drpo train configs/{parsed.name}.yaml seed={seed} {parsed.overrides}".rstrip()
+            for seed, _ in rows
+        ),
         "```",
         "",
         f"| seed | steps | first reward | last reward | mean of first {EDGE} | mean of last {EDGE} | gain "
@@ -66,9 +77,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(text for _, text in rows),
         "",
-        f"![curves]({parsed.name}.png)",
+        *([parsed.note, ""] if parsed.note else []),
+        f"![curves]({page}.png)",
     ]
-    (RESULTS / f"{parsed.name}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{page}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def transformer_config(
         variable_seq_lengths=False,
         # Weights come from the Hugging Face directory; drawing random ones first would be thrown away.
         perform_initialization=False,
-        # Megatron-Core's output layer refuses this fusion without apex's extension, also where it never multiplies.
+        # Megatron-Core's output layer refuses this fusion without apex's extension, also where it never multiplies; for
+        # Transformer Engine's layers see `_add_weight_gradients_in_place`.
         gradient_accumulation_fusion=accumulate_gradients and layers._grad_accum_fusion_available,
         # These fusions are Transformer Engine, apex or torch.compile kernels.
         bias_activation_fusion=fused and hf.activation == "silu",
@@ -243,6 +244,9 @@ def build_model(
     virtual_stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     device = device or platform.device()
     chunks = [_build_chunk(hf, layout, config, spec_backend, vp_stage, device) for vp_stage in virtual_stages]
+    if accumulate_gradients and spec_backend == "transformer_engine":
+        for chunk in chunks:
+            _add_weight_gradients_in_place(chunk)
     if fp8 is not None and is_emulated(fp8):
         for chunk in chunks:
             emulate(chunk, fp8)
@@ -285,6 +289,15 @@ def _build_chunk(
         model.output_layer.__class__ = HiddenStateOutput
     bind_routers(model, config)
     return model
+
+
+def _add_weight_gradients_in_place(model: GPTModel) -> None:
+    """Let Transformer Engine's products add to `main_grad`, with its own kernels. Megatron-Core has one setting for
+    these layers and for its own, which need apex. Not run on a GPU without apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

@@ -1,7 +1,7 @@
 """Attention over a pack with shared prefixes by FlexAttention of torch: one kernel, for GPUs.
 
-Blocks of the [T, T] square in which no position sees another are skipped. Compiled on a GPU, which has not been run;
-elsewhere torch computes the forward in plain operations, which is how its numbers are tested, and has no backward.
+Blocks of the [T, T] square in which no position sees another are skipped. Compiled on a GPU; elsewhere torch computes
+the forward in plain operations, which is how its numbers are tested there, and has no backward.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def with_shared_prefixes(core_attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """Transformer Engine's core attention, which takes packs with shared prefixes too. Not run: no GPU."""
+    """Transformer Engine's core attention, which takes packs with shared prefixes too."""
 
     class FlexCoreAttention(core_attention):
         def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:

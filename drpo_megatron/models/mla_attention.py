@@ -49,7 +49,7 @@ class _NoQueryNormWithoutLatent(QKNormConfigResolver):
 
 class PlainQueryMLASelfAttention(MLASelfAttention):
     """Megatron-Core's attention, whose queries are normalized in their latent only. With Transformer Engine's layers it
-    was built, and not run: no GPU.
+    ran on a GPU in its test of logits only.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> Any:

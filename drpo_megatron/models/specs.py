@@ -52,7 +52,7 @@ def block_spec(
     ours with both backends.
 
     `transformer_engine`: Megatron-Core's spec, with norms fused into the linear layers and the experts of a layer in
-    one grouped matrix product; its core attention takes shared prefixes too. Not run: no GPU.
+    one grouped matrix product; its core attention takes shared prefixes too.
     """
     if spec_backend == "transformer_engine":
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)

@@ -7,10 +7,20 @@ import subprocess
 from pathlib import Path
 
 VERSIONS_OF = ("drpo-megatron", "torch", "megatron-core", "sglang", "transformers")
+WHERE_INSTALLED = ("transformer-engine",)
 
 
 def versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in VERSIONS_OF}
+    """By package; `not installed` for a checkout of ours that is only on the path, or without SGLang."""
+    found = {package: _version(package) or "not installed" for package in VERSIONS_OF}
+    return found | {package: version for package in WHERE_INSTALLED if (version := _version(package))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 _ROOT = Path(__file__).parents[2]

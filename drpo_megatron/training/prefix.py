@@ -30,7 +30,7 @@ LENGTH = SequenceCost(linear=1.0, quadratic=0.0)
 def sharing_mode(setting: SharingMode, context: int, spec_backend: SpecBackend = "local") -> SharingMode:
     """The mode of a run with `context` context-parallel ranks. Raises ValueError where `always` cannot be had.
 
-    `auto` packs plainly with Transformer Engine: its FlexAttention has not been run, and must be asked for.
+    `auto` packs plainly with Transformer Engine: its FlexAttention has run in tests only, and must be asked for.
     """
     if context > 1 and setting == "always":
         raise ValueError(

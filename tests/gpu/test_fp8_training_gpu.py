@@ -1,4 +1,4 @@
-"""The emulation of FP8 against Transformer Engine's kernels. Written without a GPU, and not run yet."""
+"""The emulation of FP8 against Transformer Engine's kernels."""
 
 from __future__ import annotations
 

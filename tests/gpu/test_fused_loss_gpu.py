@@ -23,7 +23,6 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_fused_loss_on_a_gpu(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both modes, several chunks (the first one is tuned on, in place), with and without an entropy bonus."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     g = torch.Generator(device="cuda").manual_seed(0)
     hidden = (0.3 * torch.randn(T, H, device="cuda", generator=g)).to(dtype)
     weight = (0.3 * torch.randn(PADDED, H, device="cuda", generator=g)).to(dtype)

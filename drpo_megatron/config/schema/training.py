@@ -87,7 +87,7 @@ class OptimizerConfig(Section):
     """Shard the optimizer state over data parallel ranks."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's moments. bfloat16 needs Transformer Engine's Adam (a GPU), `distributed` and bfloat16 weights; it
-    computes in float32, and keeps of a main weight only the 16 bits that its bfloat16 weight lacks. Not run: no GPU."""
+    computes in float32, and keeps of a main weight only the 16 bits that its bfloat16 weight lacks."""
     overlap_grad_reduce: bool = True
     """Reduce the gradients of a bucket over data-parallel ranks while the backward goes on. False: all of them after
     it."""
@@ -110,7 +110,7 @@ class TrainingConfig(Section):
     shared_prefix: Literal["auto", "always", "never"] = "auto"
     """Compute the prompt of a group once a micro-batch, and let all its responses attend to it. auto: in updates where
     that saves a rank 10 % of its positions or more. auto packs plainly with context parallelism, which always refuses,
-    and with Transformer Engine, where always uses FlexAttention (not run: no GPU)."""
+    and with Transformer Engine, where always uses FlexAttention."""
     threads: int = Field(1, gt=0)
     """CPU threads of a training rank, where it runs on CPU."""
     deterministic: bool = False
