@@ -10,10 +10,10 @@ with its Python, the settings behind the command, and what a reader must know.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shutil
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -57,7 +57,8 @@ def main() -> None:
     for run in parsed.runs:
         shutil.copy(run / "metrics.jsonl", RESULTS / f"{page}-seed{row(run)[0]}.jsonl")
     plot_runs(parsed.runs, RESULTS / f"{page}.png")
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    recorded = json.loads((parsed.runs[0] / "versions.json").read_text())
+    versions = ", ".join(f"{package} {recorded[package]}" for package in PACKAGES)
     lines = [
         f"# {page}",
         "",

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from drpo_megatron.algorithms import LossInputs, LossOutputs, evaluate, make_loss
+from drpo_megatron.algorithms import LossFunction, LossInputs, make_loss
 from drpo_megatron.platform import device, has_cuda
 from drpo_megatron.vocab_parallel import DEFAULT_MEMORY_BUDGET, FusedLoss, fused_policy_loss, project_logprobs
 from drpo_megatron.vocab_parallel.chunks import WeightGradient, chunk_tokens
@@ -103,7 +103,7 @@ class Ways:
     def fused_loss(
         self,
         mask_T: Tensor | None = None,
-        loss_function: Callable[[LossInputs], LossOutputs] | None = None,
+        loss_function: LossFunction | None = None,
         tail_tolerance: float = 0.0,
     ) -> FusedLoss:
         """Without the backward pass, which only hands the gradients over."""
@@ -205,7 +205,7 @@ class Ways:
             return total / seconds(bare.all_chunks), results[0]
         bare_seconds = 0.0
 
-        def pausing(inputs: LossInputs) -> LossOutputs:
+        def pausing(inputs: LossInputs) -> Tensor:
             nonlocal bare_seconds
             bare_seconds += seconds(bare.next_chunk)
             return self.loss_function(inputs)
@@ -227,7 +227,7 @@ class Ways:
         # Into the same memory where autograd can add to it, and else as Megatron's DDP does.
         same_dtype = self.weight_VH.dtype == self.main_grad_VH.dtype
         self.weight_VH.grad = self.main_grad_VH if same_dtype else None
-        (self.weights_T * evaluate(self.loss_function, inputs).loss_T).sum().backward()
+        (self.weights_T * self.loss_function(inputs)).sum().backward()
         if not same_dtype:
             self.main_grad_VH.add_(self.weight_VH.grad)
         self.weight_VH.grad = None

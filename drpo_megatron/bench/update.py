@@ -1,4 +1,4 @@
-"""What an update costs on this machine's device: tokens a second, share of its peak, memory, in each precision.
+"""What an update costs on this machine's device: tokens a second, share of its bf16 peak, memory, in each precision.
 
 One rank trains a model with random weights by the code that trains large ones, in one process for all variants. On a
 GPU that is a Qwen3 of 1.7 billion parameters in bf16, with whole logits in place of the fused loss, and in every FP8
@@ -10,15 +10,12 @@ above what was there before the policy was built (on a CPU it is not measured), 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from drpo_megatron.bench.report import Figure
+from drpo_megatron.bench.report import Figure, run_worker
 
 WARM_UP, REPETITIONS = 2, 3
 _QWEN3: dict[str, Any] = {
@@ -59,14 +56,8 @@ def measure() -> dict[str, Figure]:
         files = [directory / f"{name}.yaml" for name in chosen]
         for path, overrides in zip(files, chosen.values(), strict=True):
             path.write_text(json.dumps(settings(directory / "model", overrides)))  # which is YAML
-        done = subprocess.run(
-            [sys.executable, "-m", "drpo_megatron.bench.update_worker", *map(str, files)],
-            env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    return figures(dict(zip(chosen, json.loads(done.stdout.splitlines()[-1]), strict=True)))
+        measured = run_worker("drpo_megatron.bench.update_worker", *files)
+    return figures(dict(zip(chosen, measured, strict=True)))
 
 
 def variants(capability: tuple[int, int] | None) -> dict[str, dict[str, Any]]:

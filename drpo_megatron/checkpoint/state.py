@@ -2,7 +2,7 @@
 
 Everything is named over the whole model, so that ranks of another layout find their part.
 
-On a GPU this has not been run: see docs/gpu-checklist.md.
+Several ranks on GPUs have not been run: see docs/gpu-checklist.md.
 """
 
 from __future__ import annotations

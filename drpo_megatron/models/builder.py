@@ -293,7 +293,9 @@ def _build_chunk(
 
 def _add_weight_gradients_in_place(model: GPTModel) -> None:
     """Let Transformer Engine's products add to `main_grad`, with its own kernels. Megatron-Core has one setting for
-    these layers and for its own, which need apex. Not run on a GPU without apex.
+    these layers and for its own, which need apex. Not run on a GPU.
+
+    Each weight must be used once in a forward: of the first micro-batch in FP8 the gradient is written and not added.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -5,7 +5,8 @@ decoders with rotary positions, gated MLPs, RMSNorm and no dropout, and attentio
 keeps depends on its kernels, so there are two inventories:
 
 * `transformer_engine`: norms fused into the linear layer behind them, fused rotary embedding and SwiGLU, flash
-  attention, grouped products of experts. Counted from its code. Not measured: no GPU.
+  attention, grouped products of experts. Counted from its code, and measured for
+  one model on one GPU without recomputation: docs/results/update-h200.md.
 * `local`: torch's operations one by one, with `scaled_dot_product_attention`, which keeps what flash attention keeps.
   `drpo bench plan` measures it. The masks of context-parallel pieces are not counted.
 

@@ -1,8 +1,9 @@
 """Bitwise repeatable training: the same weights, sequences and layout give the same weights and metrics.
 
 Kernels of Transformer Engine, cuBLAS and NCCL read their choice from the environment when they are first used, so the
-launcher sets it before a rank starts; torch is told in the process. Not run on a GPU: see docs/gpu-checklist.md. On CPU
-the kernels and gloo are repeatable anyway, and torch's switch refuses operations that are not.
+launcher sets it before a rank starts; torch is told in the process. With NCCL it has not been run: see
+docs/gpu-checklist.md. On CPU the kernels and gloo are repeatable anyway, and torch's switch refuses operations that are
+not.
 """
 
 from __future__ import annotations

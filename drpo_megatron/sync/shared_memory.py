@@ -2,8 +2,6 @@
 
 Buckets alternate between two buffers that live as long as the connection: one is filled while the servers load the
 other. Only names, shapes and the handle of a buffer go through HTTP.
-
-Copies to and from a device have not been run: see docs/gpu-checklist.md.
 """
 
 from __future__ import annotations

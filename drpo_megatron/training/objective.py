@@ -12,7 +12,7 @@ from drpo_megatron.algorithms import SEQUENCE_LEVEL_LOSSES, LossInputs, TokenSta
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.records import TrainBatch
 from drpo_megatron.training.context import evaluate_whole_sequences
-from drpo_megatron.vocab_parallel import fused_logprobs, fused_policy_loss, project_logprobs
+from drpo_megatron.vocab_parallel import fused_logprobs, fused_policy_loss, project_logprobs, trained_tokens
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ class Objective:
     ) -> tuple[torch.Tensor, TokenStats]:
         """The loss from log-probs, and the statistics of its tokens."""
         mask_T = batch.mask_T
+        trained_N = trained_tokens(batch.labels_T, mask_T)
         inputs = LossInputs(
             logp_T=logp_N,
-            logmu_T=batch.logmu_T[mask_T],
-            advantages_T=batch.advantages_T[mask_T],
+            logmu_T=batch.logmu_T[trained_N],
+            advantages_T=batch.advantages_T[trained_N],
             mask_T=torch.ones_like(logp_N, dtype=torch.bool),
-            sequence_ids_T=batch.sequence_ids_T[mask_T],
+            sequence_ids_T=batch.sequence_ids_T[trained_N],
             num_sequences=batch.num_sequences,
         )
-        weights_N = batch.weights_T[mask_T]
+        weights_N = batch.weights_T[trained_N]
         if self.context_group is not None and self.algorithm.loss in SEQUENCE_LEVEL_LOSSES:
             loss, outputs = evaluate_whole_sequences(self.loss_function, inputs, weights_N, mask_T, self.context_group)
         else:
@@ -101,4 +102,4 @@ class Objective:
             loss = (weights_N * outputs.loss_T).sum()
         if self.algorithm.entropy_coefficient:
             loss = loss - self.algorithm.entropy_coefficient * (weights_N * entropy_N).sum()
-        return loss, TokenStats.of(inputs, outputs, entropy_N, weights_N, batch.staleness_T[mask_T])
+        return loss, TokenStats.of(inputs, outputs, entropy_N, weights_N, batch.staleness_T[trained_N])

@@ -65,10 +65,7 @@ def wrap_data_parallel(
 def build_optimizer(
     config: RunConfig, chunks: list[torch.nn.Module]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with fp32 main weights, and its schedule counted in optimizer updates.
-
-    Moments in bfloat16 have been run with stand-ins for Transformer Engine's kernels only.
-    """
+    """Adam with fp32 main weights, and its schedule counted in optimizer updates."""
     settings = config.optimizer
     dtype, moments_dtype = getattr(torch, config.model.dtype), getattr(torch, settings.moments_dtype)
     optimizer = get_megatron_optimizer(

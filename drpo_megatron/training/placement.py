@@ -10,9 +10,10 @@ the fullest moment is the trainer's weights beside a server's:
 The probe after a sync is asked in a turn of the servers, and computed by the trainer in one more turn of the sync. An
 evaluation is such a turn too.
 
-What stays on a device either way: CUDA contexts, communicators, captured graphs, the modules' small buffers.
+What stays on a device either way: CUDA contexts, communicators, captured graphs, the modules' small buffers, and of
+Transformer Engine's layers a placeholder for each shape of a weight's gradient.
 
-On a GPU this has not been run: see docs/gpu-checklist.md.
+Several ranks on GPUs have not been run: see docs/gpu-checklist.md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the dense path by autograd that they are compared with.
 
 from drpo_megatron.vocab_parallel.chunks import DEFAULT_MEMORY_BUDGET
 from drpo_megatron.vocab_parallel.fused import FusedLoss, fused_logprobs, fused_policy_loss
-from drpo_megatron.vocab_parallel.head import project_logprobs
+from drpo_megatron.vocab_parallel.head import project_logprobs, trained_tokens
 from drpo_megatron.vocab_parallel.logprob import vocab_parallel_logprob_entropy
 from drpo_megatron.vocab_parallel.tail import TailReport
 
@@ -17,5 +17,6 @@ __all__ = [
     "fused_logprobs",
     "fused_policy_loss",
     "project_logprobs",
+    "trained_tokens",
     "vocab_parallel_logprob_entropy",
 ]

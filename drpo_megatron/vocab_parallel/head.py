@@ -75,8 +75,9 @@ def select_tokens(
             f"{len(hidden_TH)} hidden states for {len(targets_T)} targets: "
             "pass sequence_parallel=True exactly when hidden states are split over the group"
         )
-    # Not copied when nothing is left out.
-    hidden_NH = hidden_TH if len(trained_N) == len(hidden_TH) else hidden_TH.index_select(0, trained_N)
+    # Not copied when nothing is left out; kernels take rows that lie one after the other.
+    everything = len(trained_N) == len(hidden_TH)
+    hidden_NH = hidden_TH.contiguous() if everything else hidden_TH.index_select(0, trained_N)
     if group is not None and not sequence_parallel:
         # After the selection, so that only trained tokens travel in the backward pass.
         hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)

@@ -13,7 +13,7 @@ from drpo_megatron.vocab_parallel import torch_kernels
 
 
 class Kernels(Protocol):
-    """See `torch_kernels` for both."""
+    """See `torch_kernels`."""
 
     def project(
         self,

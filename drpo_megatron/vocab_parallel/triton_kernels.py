@@ -182,10 +182,9 @@ _CONFIGS = [
 ]
 # Tuning chooses by time, and the block decides the order of the sum: a deterministic run has one for all.
 _DETERMINISTIC = {"BLOCK": 4096, "num_warps": 8}
-# In place: tuning must put the logits back between its trials.
-_tuned_statistics = triton.autotune(_CONFIGS, key=["num_columns", "EXPONENTIATE"], restore_value=["logits"])(
-    _statistics
-)
+_tuned_statistics = triton.autotune(_CONFIGS, key=["num_columns"])(_statistics)
+# In place: tuning must put the logits back between its trials, and holds a copy of them.
+_tuned_exponentials = triton.autotune(_CONFIGS, key=["num_columns"], restore_value=["logits"])(_statistics)
 _tuned_gradient = triton.autotune(_CONFIGS, key=["num_columns", "EXPONENTIATED"], restore_value=["logits"])(_gradient)
 
 
@@ -218,7 +217,8 @@ def statistics_(logits_CV: Tensor, targets_C: Tensor, temperature: float, *, exp
     elif torch.are_deterministic_algorithms_enabled():
         _statistics[(num_tokens,)](*arguments, EXPONENTIATE=exponentiate, **_DETERMINISTIC)
     else:
-        _tuned_statistics[(num_tokens,)](*arguments, EXPONENTIATE=exponentiate)
+        tuned = _tuned_exponentials if exponentiate else _tuned_statistics
+        tuned[(num_tokens,)](*arguments, EXPONENTIATE=exponentiate)
     return stats_C4
 
 

@@ -1,4 +1,4 @@
-"""What only GPUs can show. Every item of docs/gpu-checklist.md is a test here."""
+"""What only GPUs can show: logits on one, whole runs on three."""
 
 from __future__ import annotations
 

@@ -82,6 +82,15 @@ for dtype, columns, temperature in itertools.product((torch.float32, torch.bfloa
             if dtype == torch.float32:
                 torch.testing.assert_close(actual[[0, 3, 4, 5]], expected[[0, 3, 4, 5]], rtol=1e-4, atol=1e-5)
             checked += 1
+    # Another rank's maximum is far above: this shard's probabilities are as good as zero.
+    operands, factors = (projected.clone(), projected.clone()), []
+    for kernels, operand in zip((triton_kernels, torch_kernels), operands, strict=True):
+        factors.append(kernels.gradient_(
+            operand, targets, maximum_C=stats[:, 0], logp_C=logp - 100, log_normalizer_C=log_normalizer + 100,
+            entropy_C=entropy, grad_logp_C=c, grad_entropy_C=None, temperature=temperature,
+        ))
+    torch.testing.assert_close(*factors, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*operands, rtol=1e-2, atol=0)
     rows, factor = torch.randn(6, 1500, generator=g).to(dtype), torch.randn(6, generator=g)
     scaled = [kernels.scale_rows(rows, factor, torch.empty_like(rows)) for kernels in (triton_kernels, torch_kernels)]
     # The interpreter truncates.

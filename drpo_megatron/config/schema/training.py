@@ -14,7 +14,8 @@ class ProjectionConfig(Section):
     """How hidden states become the loss: one operation that never holds [tokens, vocabulary], or autograd over whole
     logits, the reference."""
     memory_budget_mb: int = Field(256, gt=0)
-    """Memory for the logits in flight on one rank, in MiB; it decides how many tokens are a chunk. Fused only."""
+    """Memory for the logits in flight on one rank, in MiB; it decides how many tokens are a chunk. On a GPU as much
+    again in the first update, in which kernels are tuned. Fused only."""
     tail_tolerance: float = Field(0.0, ge=0, lt=1)
     """Leave columns with almost no gradient out of the backward products, as long as a bound on the relative error of
     both gradients stays below this. The error is several times smaller than the bound. 0: exact. Fused only."""
