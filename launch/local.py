@@ -68,6 +68,8 @@ def training_environment(config: RunConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",  # ranks fork workers after the tokenizer was used
         "HF_HUB_OFFLINE": "1",  # models are directories: nothing is looked up on a hub
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps TP communication by the order of kernel launches
+        # SGLang's servers turn it off where it is not set, and the ranks of a communicator must agree.
+        "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0"),
         **(determinism.environment() if config.training.deterministic else {}),
     }
 

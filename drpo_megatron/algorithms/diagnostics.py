@@ -40,8 +40,10 @@ class TokenStats:
     ) -> TokenStats:
         """The record of one micro-batch; tensors are [T] like those of `x`, weights_T is the aggregation's."""
 
+        trained_N = x.mask_T.nonzero().squeeze(1)  # a GPU is waited for once, and not for each field
+
         def trained(t_T: Tensor) -> Tensor:
-            return t_T.detach()[x.mask_T].float()
+            return t_T.detach()[trained_N].float()
 
         return TokenStats(
             objective_N=trained(weights_T * outputs.loss_T),

@@ -25,7 +25,8 @@ from drpo_megatron.vocab_parallel.chunks import WeightGradient, chunk_tokens
 def synchronize() -> None:
     """All ranks have come here, and their devices have done what was asked."""
     torch.cuda.synchronize()
-    dist.barrier()
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def seconds(way: Callable[[], object]) -> float:

@@ -324,9 +324,9 @@ def forward_packed(
     own. max_seqlen: at least the longest of them. Rotary positions restart with each sequence of cu_seqlens. Under
     sequence parallelism T must divide by the tensor-parallel size. Under context parallelism the tokens are this
     rank's T of the pack's cp·T (`models.context_attention`); cu_seqlens and max_seqlen are the whole pack's. With
-    Transformer Engine that was not run: no GPU. prefixes: the sequences are segments that may continue one another;
-    rotary positions are then position_ids_T, and cu_seqlens and max_seqlen are not read. routing: what the routers of a
-    mixture of experts follow; None leaves the choice to them.
+    Transformer Engine that was not run: it takes two GPUs. prefixes: the sequences are segments that may continue one
+    another; rotary positions are then position_ids_T, and cu_seqlens and max_seqlen are not read. routing: what the
+    routers of a mixture of experts follow; None leaves the choice to them.
 
     Returns, in the parameters' dtype, on the last stage the hidden states after the final norm [1, T, H]
     (sequence parallel: [1, T / tp, H], this rank's slice of the tokens), on earlier stages [T, 1, H] ([T / tp, 1, H])

@@ -18,6 +18,7 @@ __all__ = [
     "backend",
     "compute_capability",
     "device",
+    "device_count",
     "has_cuda",
     "peak_flops_per_s",
     "peak_memory_bytes",
@@ -65,6 +66,13 @@ def device() -> torch.device:
     if has_cuda():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def device_count() -> int:
+    """CUDA devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def backend() -> Literal["nccl", "gloo"]:

@@ -50,6 +50,10 @@ def initialize(
     dist.init_process_group(
         platform.backend(), rank=int(os.environ["RANK"]), world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )
+    if platform.has_cuda():
+        # Ties NCCL to this rank's device, and a broken network fails here. init_process_group's `device_id` would do it
+        # too, but then every later group is split off this one, by all of its ranks: the weight group's are not there.
+        dist.all_reduce(torch.zeros(1, device=device))
     _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_s))
     _build_groups(layout, timeout_s)
     _seed_everything(seed)

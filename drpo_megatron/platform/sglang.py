@@ -62,6 +62,8 @@ def sglang_launch_command(
     the devices of this node's training ranks; `colocated`: of those ranks' own, with SGLang's memory saver, which lets
     it give device memory back. Without CUDA it is `platform.sglang_cpu` with `threads` CPU threads a tensor-parallel
     rank, and `colocated` changes nothing. `emulate_fp8`: let a server without CUDA compute FP8 models.
+
+    Raises ValueError when this host has not as many devices.
     """
     # a rendezvous in the server must not take part in the trainer's
     env = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES and not k.startswith("TORCHELASTIC_")}
@@ -73,6 +75,14 @@ def sglang_launch_command(
         devices = devices[first : first + tensor_parallel]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
+        there = platform.device_count()
+        if max(devices, default=there) >= there:
+            wanted = ", ".join(map(str, devices)) or "beyond those of rollout.server.devices"
+            raise ValueError(
+                f"rollout server {index} is to have CUDA devices {wanted} of a host with {there}: leave it some "
+                "(parallel.*), take turns (rollout.placement=colocated), or say where it is (rollout.server.devices, "
+                "rollout.server.addresses)"
+            )
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[d] if names else str(d) for d in devices)
         saver = ["--enable-memory-saver"] if colocated else []
         return [sys.executable, "-m", "sglang.launch_server", *args, *saver], env

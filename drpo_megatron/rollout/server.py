@@ -128,16 +128,22 @@ class SGLangServer:
         return self._process.pid if self._process else None
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """Command line and environment, without the API key. A free port is chosen at the start, and 0 before."""
-        return sglang_launch_command(
-            command_line(self._arguments | {"port": self._port or self._wanted_port or 0}),
-            tensor_parallel=self._config.tensor_parallel,
-            threads=self._config.threads,
-            devices=self._config.devices,
-            index=self._index,
-            colocated=self._colocated,
-            emulate_fp8=self._emulate_fp8,
-        )
+        """Command line and environment, without the API key. A free port is chosen at the start, and 0 before.
+
+        Raises ServerStartError when this host has not the devices.
+        """
+        try:
+            return sglang_launch_command(
+                command_line(self._arguments | {"port": self._port or self._wanted_port or 0}),
+                tensor_parallel=self._config.tensor_parallel,
+                threads=self._config.threads,
+                devices=self._config.devices,
+                index=self._index,
+                colocated=self._colocated,
+                emulate_fp8=self._emulate_fp8,
+            )
+        except ValueError as error:
+            raise ServerStartError(str(error)) from error
 
     def start(self) -> None:
         """Start the process and return at once. Raises ServerStartError when the configured port is in use."""

@@ -25,7 +25,8 @@ class DistributedTransport:
     """Implements `Transport`. `address`: where the servers reach this process. `backend` and `device` are the
     platform's.
 
-    The process group exists from `connect` on. Its creation is bounded by `timeout_s`.
+    The process group exists from `connect` on; its creation is bounded by `timeout_s`. NCCL connects the devices in the
+    first broadcast only, which is not bounded by it. With NCCL none of this has been run: see docs/gpu-checklist.md.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class DistributedTransport:
         joined.result()
 
     def send(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
-        with weight_update(self._receivers, deadline, abandon=self._leave):
+        with weight_update(self._receivers, deadline, abandon=self._abandon):
             in_flight: _InFlight | None = None
             flats = FlatBuffers(partial(torch.empty, dtype=torch.uint8, device=self._device))
             for index, bucket in enumerate(buckets):
@@ -84,15 +85,27 @@ class DistributedTransport:
 
     def close(self, *, servers_alive: bool) -> None:
         """Leave the process group. With `servers_alive` the servers leave it too."""
-        if self._group is not None and servers_alive:
-            timeout_s = min(self._timeout_s, 30.0)
-            self._receivers.each(lambda server: server.destroy_weights_update_group(self._group_name, timeout_s))
-        self._leave()
+        if self._group is None:
+            return
+        if not servers_alive:
+            self._abandon()
+            return
+        # All at once: NCCL's ranks of one host wait for each other in it.
+        timeout_s = min(self._timeout_s, 30.0)
+        left = self._receivers.start(lambda server: server.destroy_weights_update_group(self._group_name, timeout_s))
+        dist.destroy_process_group(self._group)
+        self._group = None
+        left.result()
 
-    def _leave(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+    def _abandon(self) -> None:
+        """Leave servers that may never answer. NCCL would wait for a broadcast that they do not finish, and in orderly
+        leaving for them; gloo closes its connections.
+        """
+        if self._group is None:
+            return
+        leave = c10d._abort_process_group if self._backend == "nccl" else dist.destroy_process_group
+        leave(self._group)
+        self._group = None
 
     def _start(self, bucket: Bucket, flat: torch.Tensor, deadline: Deadline, *, flush_cache: bool) -> _InFlight:
         timeout_s = deadline.left()
@@ -132,6 +145,8 @@ def _process_group(backend: str, store: dist.Store, world_size: int, name: str, 
     The counterpart of `sglang.srt.utils.common.init_custom_process_group`: torch has no public call for a group across
     jobs, so both sides must prefix the store and register the group in the same way.
     """
+    # NCCL's watchdog ends this process when a broadcast takes longer: its deadline comes first, and leaves the servers.
+    timeout_s *= 2 if backend == "nccl" else 1
     group, _ = c10d._new_process_group_helper(
         world_size,
         0,

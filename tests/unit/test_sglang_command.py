@@ -34,6 +34,7 @@ def test_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(platform, "device_count", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
@@ -45,6 +46,14 @@ def test_devices(
     assert environment["CUDA_VISIBLE_DEVICES"] == expected
     assert command[1:5] == ["-m", "sglang.launch_server", *arguments], "the share of memory stays the user's"
     assert command[5:] == ([SAVER] if colocated else [])
+
+
+def test_a_host_with_too_few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(platform, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="CUDA devices 8, 9 of a host with 8: leave it some"):
+        sglang_launch_command([], tensor_parallel=2, threads=1, devices=None)
 
 
 def test_without_cuda_there_is_no_memory_saver() -> None:
