@@ -104,7 +104,6 @@ def test_updates(tmp_path: Path) -> None:
     measured = run_worker("drpo_megatron.bench.update_worker", *files)
     figures = update.figures(dict(zip(names, measured, strict=True)))
     assert figures["grad_norm_float32"].value == pytest.approx(figures["grad_norm_float32_dense"].value, rel=1e-4)
-    assert figures["speedup_float32"].value == 1.0
     assert all(len(one["seconds"]) == update.REPETITIONS and min(one["seconds"]) > 0 for one in measured)
 
 
