@@ -10,6 +10,9 @@ than the default; two ranks need two of them. On a CPU numbers are float32, and 
 where a way that allocates whole logits also pays for their pages. The launcher's ranks ask for huge ones: with them the
 other ways are compared once more (`huge_pages_vs_*`).
 
+`speedup_vs_*` are of the exact way, whose floor are the three products that the other ways need too;
+`sparse_speedup_vs_*` are of the sparse backward, which goes below it, on real rollouts.
+
 TRL and verl are installed beside the product's packages, for this bench only (`make peers`).
 """
 
@@ -84,6 +87,7 @@ def measure() -> dict[str, Figure]:
         "sparse_bound_over_error": Figure.of(sparse["bound_over_error"], ">= 1"),
         "sparse_kept_share": Figure.of(sparse["kept_share"]),
         "sparse_entropy": Figure.of(sparse["entropy"]),
+        **{f"sparse_speedup_vs_{name}": Figure.of(sparse[name], ">= 1.8") for name in COMPARED},
     }
 
 

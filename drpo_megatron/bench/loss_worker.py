@@ -31,10 +31,7 @@ def ratio(ways: Ways, job: Job) -> Samples:
 
 def compare(ways: Ways, job: Job) -> Samples:
     """Every other way over the fused one of the same round; every second token over all."""
-    use_peers()
-    small = Ways.random(64, 64, 512)  # so that no import is timed
-    for name in job.compared:
-        getattr(small, name)()
+    _import_peers(job)
     ways.warm_up()
     samples: Samples = {name: [] for name in ("masked", *job.compared)}
     if has_cuda():  # libraries choose and load their kernels at the first call
@@ -45,6 +42,14 @@ def compare(ways: Ways, job: Job) -> Samples:
         for name in samples:
             samples[name].append(seconds(getattr(ways, name)) / fused)
     return samples
+
+
+def _import_peers(job: Job) -> None:
+    """So that no import is timed."""
+    use_peers()
+    small = Ways.random(64, 64, 512)
+    for name in job.compared:
+        getattr(small, name)()
 
 
 def memory(ways: Ways, job: Job) -> Samples:
@@ -94,7 +99,10 @@ def series(ways: Ways, job: Job) -> Samples:
 
 
 def sparse(ways: Ways, job: Job) -> Samples:
-    """The sparse backward on real hidden states: time over the bare products, and its error beside its bound."""
+    """The sparse backward on real hidden states: time over the bare products, its error beside its bound, and the time
+    of every other way over its own.
+    """
+    _import_peers(job)
     ways.main_grad_VH.zero_()
     ways.warm_up()
     entropy_T = ways.fused().entropy_N
@@ -111,6 +119,11 @@ def sparse(ways: Ways, job: Job) -> Samples:
             samples["bound_over_error"].append(bound / error)
         samples["kept_share"].append(tail.kept_share)
         samples["ratio"].append(ratio)
+    samples |= {name: [] for name in job.compared}
+    for _ in range(job.repetitions):
+        fused = seconds(lambda: ways.fused(tail_tolerance=job.tail_tolerance))
+        for name in job.compared:
+            samples[name].append(seconds(getattr(ways, name)) / fused)
     return samples
 
 
