@@ -39,15 +39,21 @@ LABELS = {
 }
 
 
-def bars(axis: Any, figures: dict[str, Any], prefix: str, title: str) -> None:
+def bars(axis: Any, figures: dict[str, Any], prefix: str, title: str, beside: str = "") -> None:
+    """The figures of LABELS whose name starts with `prefix`; next to each the one whose name has `beside` before it."""
     names = [name for name in LABELS if name.startswith(prefix) and name in figures]
+    kinds = {"": "#4477aa", beside: "#ee7733"} if beside and beside + names[0] in figures else {"": "#4477aa"}
+    width = 0.7 / len(kinds)
     for x, name in enumerate(names):
-        value, (low, high) = figures[name]["value"], figures[name]["spread"]
-        axis.bar(x, value, color="#4477aa", width=0.6)
-        axis.errorbar(x, value, yerr=[[value - low], [high - value]], color="black", capsize=4)
+        for place, (kind, color) in enumerate(kinds.items()):
+            value, (low, high) = figures[kind + name]["value"], figures[kind + name]["spread"]
+            center = x + (place - (len(kinds) - 1) / 2) * width
+            label = (kind.rstrip("_") or "exact") if x == 0 and len(kinds) > 1 else None
+            axis.bar(center, value, color=color, width=width, label=label)
+            axis.errorbar(center, value, yerr=[[value - low], [high - value]], color="black", capsize=4)
+            axis.text(center, 0.03, f"{value:.2f}", ha="center", color="white", size="small")
         bound = float(figures[name]["must"].split()[1])
         axis.plot([x - 0.4, x + 0.4], [bound, bound], color="#cc3311", linewidth=2, label="bound" if x == 0 else None)
-        axis.text(x, 0.03, f"{value:.2f}", ha="center", color="white")
     axis.set_xticks(range(len(names)), [LABELS[name] for name in names])
     axis.set_title(title)
     axis.set_ylim(bottom=0)
@@ -74,7 +80,7 @@ def draw(figures: dict[str, Any], out: Path) -> None:
     picture = Figure(figsize=(11, 7.5), layout="constrained")
     axes = picture.subplots(2, 2)
     bars(axes[0, 0], figures, "ratio_to_gemm", "time / time of the three bare products")
-    bars(axes[0, 1], figures, "speedup_vs", "how many times faster than")
+    bars(axes[0, 1], figures, "speedup_vs", "how many times faster than", beside="sparse_")
     growth(axes[1, 0], figures, "tokens", "time over tokens")
     growth(axes[1, 1], figures, "columns", "time over vocabulary")
     FigureCanvasAgg(picture).print_png(str(out))
