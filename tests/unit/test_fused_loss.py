@@ -172,14 +172,19 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float, recompute: bool) 
 
 
 def test_bitwise_repeatable_and_independent_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("loss", "logp", "entropy", "hidden", "weight")
     p = problem(torch.float32)
     first, second = fused(p, "drpo", 0.1), fused(p, "drpo", 0.1)
-    monkeypatch.setattr(torch_kernels, "CACHE_ELEMENTS", 3 * PADDED)
-    blocked = fused(p, "drpo", 0.1)
-    names = ("loss", "logp", "entropy", "hidden", "weight")
     for name in names:
         assert torch.equal(first[name], second[name]), name
-    assert_equal(blocked, {name: first[name] for name in names}, 1e-5)
+    # In float64: tiles of other sizes are other products, whose sums float32 rounds in another order.
+    p = problem()
+    whole = fused(p, "drpo", 0.1)
+    monkeypatch.setattr(torch_kernels, "CACHE_ELEMENTS", 3 * PADDED)
+    monkeypatch.setattr(torch_kernels, "COLUMN_BLOCK", 7)
+    blocked = fused(p, "drpo", 0.1)
+    for name in names:
+        assert torch.allclose(whole[name], blocked[name], rtol=1e-11, atol=1e-13), name
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
