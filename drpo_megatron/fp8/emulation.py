@@ -112,10 +112,11 @@ class Quantizer:
             self.observer(role, x_MK, rows)
         if not both:
             return rows, None
+        # Every pass of the quantization is faster over rows that are contiguous.
         if self.recipe == "mxfp8":
-            return rows, numerics.mxfp8(x_MK.t(), fmt)
+            return rows, numerics.mxfp8(x_MK.t().contiguous(), fmt)
         if self.recipe == "blockwise" and role != "weight":
-            return rows, numerics.blockwise(x_MK.t(), fmt, (1, BLOCK), power_of_two=self.power_of_two)
+            return rows, numerics.blockwise(x_MK.t().contiguous(), fmt, (1, BLOCK), power_of_two=self.power_of_two)
         return rows, Quantized(rows.values.t(), rows.scales.t(), (rows.block[1], rows.block[0]))
 
     def state(self) -> dict[str, Tensor] | None:

@@ -21,8 +21,8 @@ from drpo_megatron.models.prefix_attention import prefix_attention
 class SDPACoreAttention(MegatronModule):
     """Causal attention by `scaled_dot_product_attention`, over a batch or over packed sequences, with grouped queries.
 
-    Packed sequences are attended one by one: the work is Σ length², and no [T, T] mask exists. Context parallelism
-    splits packed sequences only (`context_attention`).
+    Packed sequences are attended one by one, neighbours of equal length together: the work is Σ length², and no [T, T]
+    mask exists. Context parallelism splits packed sequences only (`context_attention`).
     """
 
     def __init__(
@@ -73,10 +73,12 @@ class SDPACoreAttention(MegatronModule):
             )
         if bounds[-1] != query.size(0):
             raise ValueError(f"cu_seqlens ends at {bounds[-1]} and there are {query.size(0)} packed tokens")
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        lengths = (end - start for start, end in itertools.pairwise(bounds))
+        runs = [(len(list(equal)), length) for length, equal in itertools.groupby(lengths)]
+        tokens = [count * length for count, length in runs]
         pieces = [
-            self._attend(*(x.transpose(0, 1) for x in segment)).transpose(0, 1)
-            for segment in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            self._attend(*(x.unflatten(0, run).transpose(1, 2) for x in parts)).transpose(1, 2).flatten(0, 1)
+            for run, *parts in zip(runs, *(x.split(tokens) for x in (query, key, value)), strict=True)
         ]
         return torch.cat(pieces).flatten(1)
 

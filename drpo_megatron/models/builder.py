@@ -25,7 +25,7 @@ from drpo_megatron.fp8.emulation import emulate
 from drpo_megatron.fp8.recipes import is_emulated, transformer_engine_arguments
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
 from drpo_megatron.models.hf_sections import MLAConfig, RopeConfig
-from drpo_megatron.models.packs import prefix_packed_seq_params, rotate_by_position
+from drpo_megatron.models.packs import positioned_seq_params, prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
 from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams, RouterTraining, bind_routers
 from drpo_megatron.models.shared_prefixes import SharedPrefixes
@@ -293,7 +293,7 @@ def _build_chunk(
 
 def _add_weight_gradients_in_place(model: GPTModel) -> None:
     """Let Transformer Engine's products add to `main_grad`, with its own kernels. Megatron-Core has one setting for
-    these layers and for its own, which need apex. Not run on a GPU.
+    these layers and for its own, which need apex.
 
     Each weight must be used once in a forward: of the first micro-batch in FP8 the gradient is written and not added.
     """
@@ -335,7 +335,11 @@ def forward_packed(
     """
     if prefixes is not None:
         return _forward(model, tokens_T, position_ids_T, prefix_packed_seq_params(prefixes, position_ids_T, routing))
-    context = unwrap(model).config.context_parallel_size
+    config = unwrap(model).config
+    context = config.context_parallel_size
+    if context == 1 and config.transformer_impl == "local":
+        packed = positioned_seq_params(cu_seqlens, max_seqlen, tokens_T.numel(), routing)
+        return _forward(model, tokens_T, position_ids_T, packed)
     if cu_seqlens.numel() > 2 and max_seqlen == context * tokens_T.numel():
         # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
         # Positions would then count through the pack, and the float32 angles lose digits as they grow. One row more

@@ -1,4 +1,4 @@
-"""A pack with shared prefixes on its way through Megatron-Core, and rotary embeddings that take its positions."""
+"""Packs on their way through Megatron-Core, and rotary embeddings that take the positions of their tokens."""
 
 from __future__ import annotations
 
@@ -16,18 +16,50 @@ from drpo_megatron.models.shared_prefixes import SharedPrefixes
 
 
 @dataclass
-class PrefixPackedSeqParams(RoutedSeqParams):
+class PositionedSeqParams(RoutedSeqParams):
+    """A pack whose rotary embedding gets a row of angles a packed token, rather than a table by position.
+
+    rotary_positions_T: int64 [T]. max_positions: more than the largest of them.
+
+    With such rows Megatron-Core's unfused rotary embedding turns all tokens at once, and with a table one sequence
+    after the other. It takes them in their order when its bounds call the whole pack one sequence.
+    """
+
+    rotary_positions_T: torch.Tensor | None = None
+    max_positions: int = 0
+
+
+def positioned_seq_params(
+    cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int, routing: MicroBatchRouting | None = None
+) -> PositionedSeqParams:
+    """A pack of ordinary sequences for the local core attention, which reads cu_seqlens_q; Megatron-Core's rotary
+    embedding reads the padded bounds.
+    """
+    starts_S, lengths_S = cu_seqlens[:-1], cu_seqlens.diff()
+    starts_T = starts_S.repeat_interleave(lengths_S, output_size=num_tokens)
+    whole = torch.tensor([0, num_tokens], dtype=torch.int32, device=cu_seqlens.device)
+    return PositionedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=whole,
+        cu_seqlens_kv_padded=whole,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        routing=routing,
+        rotary_positions_T=torch.arange(num_tokens, device=cu_seqlens.device) - starts_T,
+        max_positions=max_seqlen,
+    )
+
+
+@dataclass
+class PrefixPackedSeqParams(PositionedSeqParams):
     """A pack with shared prefixes, as it travels through Megatron-Core to the rotary embedding and the core attention.
 
-    prefixes: the segments. rotary_positions_T: int64 [T]. max_positions: more than the largest of them.
-
-    Its cu_seqlens call the whole pack one sequence. That is what Megatron-Core's unfused rotary embedding needs in
-    order to take the table's T rows in their order; core attentions read `prefixes`.
+    prefixes: the segments, which core attentions read: the cu_seqlens call the whole pack one sequence.
     """
 
     prefixes: SharedPrefixes | None = None
-    rotary_positions_T: torch.Tensor | None = None
-    max_positions: int = 0
 
     def segments_of(self, num_tokens: int) -> SharedPrefixes:
         """The segments, which must hold `num_tokens` positions: ValueError otherwise."""
@@ -63,7 +95,7 @@ def prefix_packed_seq_params(
 
 
 class _ByPosition:
-    """Rotary frequencies with one row a packed token for packs with shared prefixes, Megatron-Core's otherwise.
+    """Rotary frequencies with one row a packed token for packs that know their positions, Megatron-Core's otherwise.
 
     What `get_rotary_seq_len` returns is what Megatron-Core hands to the module's forward: here, the pack.
     """
@@ -76,17 +108,17 @@ class _ByPosition:
         transformer_config: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
-    ) -> int | PrefixPackedSeqParams:
-        if isinstance(packed_seq_params, PrefixPackedSeqParams):
+    ) -> int | PositionedSeqParams:
+        if isinstance(packed_seq_params, PositionedSeqParams):
             return packed_seq_params
         of_parent: Any = super()
         return of_parent.get_rotary_seq_len(
             inference_context, transformer, transformer_input, transformer_config, packed_seq_params, **kwargs
         )
 
-    def forward(self, max_seq_len: int | PrefixPackedSeqParams, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, max_seq_len: int | PositionedSeqParams, *args: Any, **kwargs: Any) -> Any:
         of_parent: Any = super()
-        if not isinstance(max_seq_len, PrefixPackedSeqParams):
+        if not isinstance(max_seq_len, PositionedSeqParams):
             return of_parent.forward(max_seq_len, *args, **kwargs)
         table = of_parent.forward(max_seq_len.max_positions, *args, **kwargs)
         rows_T = max_seq_len.rotary_positions_T
@@ -106,8 +138,8 @@ _WITH_POSITIONS = {RotaryEmbedding: PositionRotaryEmbedding, YarnRotaryEmbedding
 
 
 def rotate_by_position(model: torch.nn.Module) -> None:
-    """Let every rotary embedding in `model`, the model's own and those of latent attention layers, take packs with
-    shared prefixes. Raises TypeError for a kind of embedding that this module does not know.
+    """Let every rotary embedding in `model`, the model's own and those of latent attention layers, take packs that know
+    their positions. Raises TypeError for a kind of embedding that this module does not know.
     """
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):

@@ -133,6 +133,9 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from drpo_megatron.platform import sglang_cpu_attention
+
+    sglang_cpu_attention.install()
     if "--enable-deterministic-inference" in sys.argv:
         allow_deterministic_inference()
     if EMULATE_FP8 in os.environ:
