@@ -4,7 +4,7 @@
     python tools/fp8_stability.py --losses drpo grpo --precisions bf16 fp8-blockwise --staleness 8 --seeds 0 1
     python tools/fp8_stability.py --report-only --html fp8-stability.html
 
-A run that has a record in OUT/fp8-stability/ is not made again, whatever ended the study before. Definitions and
+A run that has a record in OUT/NAME/ is not made again, whatever ended the study before. Definitions and
 statistics: docs/results/fp8-stability.md. Needs no GPU; with one, --backend transformer_engine.
 """
 
@@ -24,7 +24,7 @@ from drpo_megatron.study.page import write_page
 from drpo_megatron.study.plots import draw_all
 from drpo_megatron.study.pool import WorkersFailed, run_jobs
 from drpo_megatron.study.records import Record, Records
-from drpo_megatron.study.report import write_report
+from drpo_megatron.study.report import Made, write_report
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -43,7 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="emulate", choices=("emulate", "transformer_engine"), help="of FP8")
     parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one a core")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="gets fp8-stability.md and fp8-stability/")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="gets NAME.md and NAME/")
+    parser.add_argument("--name", default="fp8-stability", help="of the page and of the folder of its records")
+    parser.add_argument("--note", default="", metavar="TEXT", help="for the page: a sentence on the machine")
+    parser.add_argument(
+        "--beside", nargs="*", default=[], metavar="NAME", help="of other studies in --out to compare with"
+    )
     parser.add_argument("--scratch", type=Path, default=Path("runs/fp8-stability"), help="logs, and runs that go on")
     parser.add_argument("--retry-failed", action="store_true", help="make runs again that failed")
     parser.add_argument("--report-only", action="store_true", help="make no runs")
@@ -92,7 +97,7 @@ def main() -> int:
     cells = grid.main_grid(parsed.losses, parsed.precisions, parsed.staleness)
     if not parsed.no_deltas:
         cells += grid.delta_grid()
-    records = Records(parsed.out / "fp8-stability")
+    records = Records(parsed.out / parsed.name)
     try:
         base = study.base
         if not parsed.report_only:
@@ -110,8 +115,10 @@ def main() -> int:
     hours = sum(record.seconds for record in found) / 3600
     samples = base.rollout.prompts_per_step * base.rollout.samples_per_prompt
     pictures = draw_all(found, records.directory)
-    write_report(parsed.out / "fp8-stability.md", found, base.training.steps, samples, hours)
-    write_page(parsed.html or records.directory / "fp8-stability.html", found, base.training.steps, pictures)
+    made = Made(base.training.steps, samples, hours, parsed.backend, parsed.note)
+    beside = {name: list(Records(parsed.out / name)) for name in parsed.beside}
+    write_report(parsed.out / f"{parsed.name}.md", found, made, beside)
+    write_page(parsed.html or records.directory / f"{parsed.name}.html", found, base.training.steps, pictures)
     return 1 if any(record.status == "failed" for record in found) else 0
 
 

@@ -1,4 +1,8 @@
-"""Runs of the study over the cores of this host: one worker a core, each with a server of its own."""
+"""Runs of the study over the cores of this host, or over its GPUs: each worker has a server of its own.
+
+Without a GPU a worker has a core. With GPUs they are dealt out in turn, and the workers of one share it: the model is
+far smaller than a GPU, and most of a run's time goes by on the processor.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,11 +52,9 @@ def run_jobs(study: Study, jobs: Sequence[Job], scratch: Path, workers: int, kee
         with lock:
             keep(record)
 
-    # Without a GPU neighbours on a core would only take turns.
-    cores = sorted(os.sched_getaffinity(0))
     members = [
-        _Member(index, None if platform.has_cuda() else cores[index % len(cores)], tasks, keep_one, errors, scratch)
-        for index in range(min(workers, len(jobs)))
+        _Member(index, place, tasks, keep_one, errors, scratch)
+        for index, place in enumerate(_places(min(workers, len(jobs))))
     ]
     for member in members:
         member.start()
@@ -70,20 +73,37 @@ def run_jobs(study: Study, jobs: Sequence[Job], scratch: Path, workers: int, kee
         raise errors.get()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a worker runs: on one core, or with one CUDA device, by its name in CUDA_VISIBLE_DEVICES."""
+
+    core: int | None = None
+    device: str | None = None
+
+
+def _places(workers: int) -> list[_Place]:
+    if platform.has_cuda():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(d) for d in range(platform.device_count())]
+        return [_Place(device=devices[index % len(devices)]) for index in range(workers)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [_Place(core=cores[index % len(cores)]) for index in range(workers)]
+
+
 class _Member(threading.Thread):
     """Owns one worker process, which the kernel ends together with this thread."""
 
     def __init__(
         self,
         index: int,
-        core: int | None,
+        place: _Place,
         tasks: queue.SimpleQueue[Task],
         keep: Callable[[Record], None],
         errors: queue.SimpleQueue[BaseException],
         scratch: Path,
     ) -> None:
         super().__init__(name=f"study-{index}", daemon=True)
-        self._core, self._tasks, self._keep, self._errors = core, tasks, keep, errors
+        self._place, self._tasks, self._keep, self._errors = place, tasks, keep, errors
         self._log = scratch / f"worker-{index}.log"
         self._closing = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -137,6 +157,8 @@ class _Member(threading.Thread):
         ours, theirs = Pipe()
         environment = os.environ | HUGE_PAGES | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"HF_HUB_OFFLINE": "1"}
+        if self._place.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._place.device
         with self._log.open("ab") as sink, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "drpo_megatron.study.worker", str(theirs.fileno())],
@@ -147,8 +169,8 @@ class _Member(threading.Thread):
                 stderr=sink,
                 start_new_session=True,
             )
-        if self._core is not None:
-            os.sched_setaffinity(self._process.pid, {self._core})
+        if self._place.core is not None:  # neighbours on a core would only take turns
+            os.sched_setaffinity(self._process.pid, {self._place.core})
         return ours
 
 

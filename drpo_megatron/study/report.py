@@ -7,8 +7,10 @@ two markers and is kept when the page is written again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from drpo_megatron.study import outcome
 from drpo_megatron.study.grid import DELTA_PRECISION, DELTAS, LOSSES, PRECISIONS, Cell, delta_grid
@@ -32,12 +34,10 @@ rollout batch and {{seeds}} seeds: [configs/fp8-stability.yaml](../../configs/fp
 python tools/fp8_stability.py                                          # all; goes on where it was stopped
 python tools/fp8_stability.py --report-only --html fp8-stability.html  # pages from the runs that there are
 drpo bench fp8 --json                                                  # a reduced grid, ten minutes on two cores
-python tools/fp8_stability.py --out runs/fp8-gpu --workers 1 \\
-  --backend transformer_engine --set rollout.placement=colocated
+python tools/fp8_stability.py --backend transformer_engine --name fp8-stability-gpu --workers 8   # on GPUs
 ```
 
-The last one is for a GPU, which Transformer Engine needs; it has not been run. Without a GPU, FP8 is emulated: the
-numbers are FP8's, the time is not. Every run is a line of `fp8-stability/runs-LOSS.jsonl`.
+{{fp8}} Every run is a line of `{{name}}/runs-LOSS.jsonl`.
 
 What a run is:
 
@@ -61,16 +61,43 @@ What is said of it, fixed before it was run ([study/outcome.py](../../drpo_megat
 """
 
 
-def write_report(path: Path, records: Sequence[Record], updates: int, samples: int, hours: float) -> None:
-    """updates: of a run; samples: of an update; hours: that the runs took, one after the other."""
-    results = Results(records, updates)
+_FP8 = {
+    "emulate": "These runs were made without a GPU, where FP8 is emulated: the numbers are FP8's, the time is not.",
+    "transformer_engine": "These runs were made on GPUs: FP8 is Transformer Engine's, the servers' SGLang's.",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """How the runs were made: optimizer updates of one, samples of an update, hours that all would have taken one after
+    the other, the backend of FP8, and a sentence on the machine or "".
+    """
+
+    updates: int
+    samples: int
+    hours: float
+    backend: Literal["emulate", "transformer_engine"] = "emulate"
+    note: str = ""
+
+
+def write_report(path: Path, records: Sequence[Record], made: Made, beside: Mapping[str, Sequence[Record]]) -> None:
+    """The page `path`. Its pictures and records are in the folder of its name, beside it.
+
+    beside: records of the same runs made another way, by the name of their page in the same directory.
+    """
+    results = Results(records, made.updates)
     kept = _kept(path.read_text()) if path.exists() else _NOT_WRITTEN
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_page(results, records, updates, samples, hours, kept)) + "\n")
+    path.write_text("\n".join(_page(path.stem, results, records, made, beside, kept)) + "\n")
 
 
 def _page(
-    results: Results, records: Sequence[Record], updates: int, samples: int, hours: float, kept: str
+    name: str,
+    results: Results,
+    records: Sequence[Record],
+    made: Made,
+    beside: Mapping[str, Sequence[Record]],
+    kept: str,
 ) -> list[str]:
     cells = list(results.by_cell)
     staleness = sorted({cell.staleness for cell in cells})
@@ -80,12 +107,18 @@ def _page(
     parameters = ", ".join(f"`{Cell.of(loss, LOSSES[loss], 'bf16', 1).method}`" for loss in LOSSES)
     lines = [
         PROTOCOL.format(
-            staleness=_listed(staleness), seeds=seeds, updates=updates, samples=samples, parameters=parameters
+            staleness=_listed(staleness),
+            seeds=seeds,
+            updates=made.updates,
+            samples=made.samples,
+            parameters=parameters,
+            fp8=_FP8[made.backend],
+            name=name,
         ),
         "## What was run",
         "",
-        f"{len(records)} runs in {len(cells)} cells; {hours:.1f} hours of one core, servers' starts left out. "
-        f"Versions: {_versions(records)}. Written by `tools/fp8_stability.py`.",
+        f"{len(records)} runs in {len(cells)} cells; {made.hours:.1f} hours of one worker, servers' starts left "
+        f"out. {made.note and made.note + ' '}Versions: {_versions(records)}. Written by `tools/fp8_stability.py`.",
         *_failures(results),
         "",
         "## What the numbers decide",
@@ -99,11 +132,13 @@ def _page(
         END,
         "",
     ]
+    for other, theirs in beside.items():
+        lines += _beside(results, Results(theirs, made.updates), other, precisions)
     for updates_on_batch in staleness:
         lines += _tables(results, losses, precisions, updates_on_batch)
     lines += _delta_table(results)
     pictures = ("reward", "mismatch", "weights", "entropy")
-    return [*lines, "## Curves", "", *(f"![{name}](fp8-stability/{name}.png)\n" for name in pictures)]
+    return [*lines, "## Curves", "", *(f"![{picture}]({name}/{picture}.png)\n" for picture in pictures)]
 
 
 def answers(results: Results, losses: Sequence[str], precisions: Sequence[str]) -> list[str]:
@@ -160,6 +195,22 @@ def _differences(results: Results, losses: Sequence[str]) -> list[str]:
                 f"apart in {undecided}."
             )
     return lines
+
+
+def _beside(results: Results, other: Results, name: str, precisions: Sequence[str]) -> list[str]:
+    lines = [
+        f"## The same runs in [{name}]({name}.md)",
+        "",
+        "Over the pairs of runs with the same loss, precision, staleness and seed:",
+        "",
+        "| precision | pairs | mismatch KL, times theirs | area, minus theirs |",
+        "|---|---|---|---|",
+    ]
+    for precision in precisions:
+        if found := results.beside(other, precision):
+            ratio, difference = found
+            lines.append(f"| `{precision}` | {ratio.count} | {_number(ratio, 2)} | {_number(difference, 3)} |")
+    return [*lines, ""]
 
 
 def _tables(results: Results, losses: Sequence[str], precisions: Sequence[str], staleness: int) -> list[str]:

@@ -78,6 +78,22 @@ class Results:
         outcomes = [o for o in outcomes if math.isfinite(o.k3)]
         return _mismatch(outcomes) if outcomes else None
 
+    def beside(self, other: Results, precision: str) -> tuple[Interval, Interval] | None:
+        """Against the same runs made another way, `other`: how many times the mismatch KL is theirs, and the area minus
+        theirs. Over the pairs of runs that both have; None without pairs.
+        """
+        pairs = [
+            (ours, other.by_cell[cell][seed])
+            for cell, seeds in self.by_cell.items()
+            if cell.precision == precision and cell in other.by_cell
+            for seed, ours in seeds.items()
+            if seed in other.by_cell[cell]
+        ]
+        ratios = [max(a.k3, _LEAST_KL) / max(b.k3, _LEAST_KL) for a, b in pairs if math.isfinite(a.k3 + b.k3)]
+        if not ratios:
+            return None
+        return geometric_interval(ratios), paired_interval([a.area for a, _ in pairs], [b.area for _, b in pairs])
+
     def mismatch_ratio(self, higher: str, lower: str) -> Interval | None:
         """How many times the mismatch KL of precision `higher` is that of `lower`: geometric mean over the pairs of
         runs that differ in nothing else. None without pairs.

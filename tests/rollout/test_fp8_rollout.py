@@ -100,14 +100,16 @@ class Served:
         return audit.audit_servers([self.url], self.layout, quantized, self.config.run_directory, 120)
 
 
-def serve(directory: Path, dtype: str, backend: str, first: int, **model: Any) -> Iterator[Served]:
+def serve(
+    directory: Path, dtype: str, backend: str, first: int, devices: list[int] | None = None, **model: Any
+) -> Iterator[Served]:
     path = directory / "model"
     made = tiny_models.write("qwen3", path, dtype=getattr(torch, dtype), **model)
     raw = run_config(path, {}).model_dump()
     raw["model"]["dtype"] = dtype
     raw["tracking"]["directory"] = directory / "runs"
     raw["fp8"] |= {"rollout": True, "backend": backend, "unquantized_first_layers": first}
-    raw["rollout"]["server"]["start_timeout_s"] = 300
+    raw["rollout"]["server"] |= {"start_timeout_s": 300, "devices": devices}
     config = RunConfig.model_validate(raw)
     weights = RolloutWeights.of(config)
     assert weights

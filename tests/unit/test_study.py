@@ -20,6 +20,7 @@ from drpo_megatron.study.grid import Cell, Job, Study
 from drpo_megatron.study.outcome import outcome_of
 from drpo_megatron.study.page import write_page
 from drpo_megatron.study.plots import draw_all, mean_curve
+from drpo_megatron.study.pool import _Place, _places
 from drpo_megatron.study.records import Record, Records, Status
 from drpo_megatron.study.statistics import (
     Interval,
@@ -322,17 +323,41 @@ def small_study() -> list[Record]:
 def test_the_report_keeps_the_conclusions_and_says_what_numbers_decide(tmp_path: Path) -> None:
     path = tmp_path / "fp8-stability.md"
     runs = small_study()
-    report.write_report(path, runs, UPDATES, 64, 0.5)
+    report.write_report(path, runs, report.Made(UPDATES, 64, 0.5), {})
     first = path.read_text()
     assert "`pg` collapsed in 6 of 8 runs" in first and "`drpo` collapsed in 0 of 8 runs" in first
     assert "Final reward of `drpo` over `pg`: higher in 3 cells, lower in 0, not told apart in 1." in first
     assert "Final reward of `drpo` over `grpo`: higher in 0 cells, lower in 0, not told apart in 4." in first
     path.write_text(first.replace("Not written yet.", "A person\n\nconcluded this."))
     failed = record([], loss="cispo", status="failed")
-    report.write_report(path, [*runs, failed], UPDATES, 64, 0.5)
+    report.write_report(path, [*runs, failed], report.Made(UPDATES, 64, 0.5), {})
     second = path.read_text()
     assert f"{report.BEGIN}\nA person\n\nconcluded this.\n{report.END}" in second
     assert "`cispo(eps_high=0.28)/bf16/8/0`" in second
+
+
+def test_a_report_of_runs_on_a_gpu_says_so_and_has_a_name_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.md"
+    runs = small_study()
+    others = [replace(r, metrics=r.metrics | {"mismatch/k3": [k / 2 for k in r.metrics["mismatch/k3"]]}) for r in runs]
+    made = report.Made(UPDATES, 64, 0.5, "transformer_engine", "One H100.")
+    report.write_report(path, runs, made, {"emulated": [r for r in others if r.loss != "pg"]})
+    text = path.read_text()
+    assert "FP8 is Transformer Engine's, the servers' SGLang's. Every run is a line of `gpu/runs-LOSS.jsonl`" in text
+    assert "0.5 hours of one worker, servers' starts left out. One H100. Versions:" in text
+    assert "![reward](gpu/reward.png)" in text
+    assert "## The same runs in [emulated](emulated.md)" in text
+    assert "| `fp8-matched` | 4 | 2.00 [2.00, 2.00] | 0.000 [0.000, 0.000] |" in text
+
+
+def test_workers_share_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [place.core for place in _places(2)] != [None, None]
+    monkeypatch.setattr("drpo_megatron.platform.has_cuda", lambda: True)
+    monkeypatch.setattr("drpo_megatron.platform.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _places(3) == [_Place(device="0"), _Place(device="1"), _Place(device="0")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [place.device for place in _places(3)] == ["3", "5", "3"]
 
 
 def test_a_delta_is_named_best_only_with_those_it_is_not_told_apart_from() -> None:
