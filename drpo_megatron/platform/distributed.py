@@ -78,6 +78,8 @@ def control_group() -> dist.ProcessGroup:
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's `value`, on every rank. The value must pickle; over gloo, so it may wait as long as a rollout takes."""
+    if dist.get_world_size() == 1:
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0, group=control_group())
     return box[0]
@@ -89,6 +91,8 @@ def to_rank_0(value: Any) -> list[Any]:
     Ranks with little to say send little: torch's `gather_object` pads all of them to the longest.
     """
     group, world = control_group(), dist.get_world_size()
+    if world == 1:
+        return [value]
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     size = torch.tensor([len(mine)])
     if dist.get_rank() != 0:

@@ -17,6 +17,9 @@ from drpo_megatron.rollout.admin import authorization
 from drpo_megatron.rollout.errors import GenerationError, OldWeights, ServerDied, Stopped
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 
+REPEATED = 128
+"""Tokens of equal inputs, together, that are rather computed again for each than once in a pass of their own."""
+
 _BACKOFF_S = 0.5  # before the first retry of a request; it doubles with each
 _FINISH_REASONS = ("stop", "length", "abort")
 
@@ -159,8 +162,9 @@ def request_body(
 ) -> dict[str, Any]:
     """Body of /generate for one continuation of each of `inputs`, with the experts of each token if `routed_experts`.
 
-    Equal inputs with nothing of their own go as one input with SGLang's `n`: the server computes it once, and then the
-    samples. Sent as several inputs, those that meet in one batch each compute it.
+    Equal inputs with nothing of their own go as one input with SGLang's `n`: the server computes it once, in a request
+    that it waits for, and then the samples, each a message to its scheduler. Sent as several inputs they are one message
+    and each of them is computed, which is faster up to `REPEATED` tokens.
 
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
     the distribution before truncation, and μ would not be what was sampled from. Answers that are not trained may be
@@ -180,7 +184,8 @@ def request_body(
     if sampling.stop:
         parameters["stop"] = sampling.stop
     of_each: Any = parameters
-    if len(inputs) > 1 and budgets is None and seeds is None and all(one == inputs[0] for one in inputs):
+    alike = budgets is None and seeds is None and all(one == inputs[0] for one in inputs)
+    if len(inputs) > 1 and alike and sum(map(len, inputs)) > REPEATED:
         parameters["n"] = len(inputs)
         inputs = inputs[:1]
     if budgets is not None or seeds is not None:

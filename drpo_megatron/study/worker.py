@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from drpo_megatron import platform
+from drpo_megatron.checkpoint.saver import leave_alone_what_stays
 from drpo_megatron.config import RunConfig
 from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.observability.curves import read_metrics
@@ -163,6 +164,7 @@ def serve(connection: Connection) -> None:
         platform.activate()
         for module in _IMPORTED_BEFORE:
             importlib.import_module(module)
+        leave_alone_what_stays()  # or each run would go through all of it
     server = KeptServer()
     try:
         while True:

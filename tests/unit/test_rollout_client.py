@@ -14,7 +14,7 @@ from aiohttp import web
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig
 from drpo_megatron.records import Prompt, RolloutGroup
 from drpo_megatron.rollout import client as client_module
-from drpo_megatron.rollout.client import Completion, RolloutClient, parse_answer, request_body, token_versions
+from drpo_megatron.rollout.client import REPEATED, Completion, RolloutClient, parse_answer, request_body, token_versions
 from drpo_megatron.rollout.errors import GenerationError, ServerDied, ServerStartError, Stopped
 from drpo_megatron.rollout.sampler import GroupSampler
 from drpo_megatron.rollout.server_args import check_arguments, command_line, installed_arguments
@@ -279,10 +279,13 @@ def test_what_was_sampled_is_kept_over_a_stop_and_dropped_when_too_old() -> None
 
 
 def test_only_the_temperature_shapes_the_distribution() -> None:
-    body = request_body([[10, 20]] * 2, SAMPLING)
-    assert body["input_ids"] == [[10, 20]] and body["return_logprob"] is True
+    prompt = list(range(10, 10 + REPEATED // 2 + 1))
+    body = request_body([prompt] * 2, SAMPLING)
+    assert body["input_ids"] == [prompt] and body["return_logprob"] is True
     parameters = body["sampling_params"]
     assert parameters["n"] == 2
+    short = request_body([prompt[1:]] * 2, SAMPLING)
+    assert short["input_ids"] == [prompt[1:]] * 2 and "n" not in short["sampling_params"]
     assert parameters["temperature"] == 0.7 and parameters["max_new_tokens"] == 3
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert "stop" not in parameters
