@@ -163,8 +163,8 @@ def request_body(
     """Body of /generate for one continuation of each of `inputs`, with the experts of each token if `routed_experts`.
 
     Equal inputs with nothing of their own go as one input with SGLang's `n`: the server computes it once, in a request
-    that it waits for, and then the samples, each a message to its scheduler. Sent as several inputs they are one message
-    and each of them is computed, which is faster up to `REPEATED` tokens.
+    that it waits for, and then the samples, each a message to its scheduler. Several inputs are one message and each is
+    computed, which is faster up to `REPEATED` tokens.
 
     Nothing but the temperature shapes the distribution (no top-p, top-k, min-p or penalties): SGLang's log-probs are of
     the distribution before truncation, and μ would not be what was sampled from. Answers that are not trained may be

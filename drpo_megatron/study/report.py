@@ -132,6 +132,7 @@ def _page(
         END,
         "",
     ]
+    lines += _costs(results, losses, precisions)
     for other, theirs in beside.items():
         lines += _beside(results, Results(theirs, made.updates), other, precisions)
     for updates_on_batch in staleness:
@@ -197,6 +198,42 @@ def _differences(results: Results, losses: Sequence[str]) -> list[str]:
     return lines
 
 
+def _costs(results: Results, losses: Sequence[str], precisions: Sequence[str]) -> list[str]:
+    """What FP8 changes, by loss and of all of them."""
+    others = [precision for precision in precisions if precision != "bf16"]
+    lines = [
+        "## What FP8 changes",
+        "",
+        "Minus the run in bf16 with the same loss, staleness and seed, over all of these pairs:",
+        "",
+    ]
+    for title, of in (("Final reward", _final), ("Area under the reward", _area)):
+        lines += [f"{title}:", "", "| loss | " + " | ".join(f"`{name}`" for name in others) + " |"]
+        lines += ["|---" * (len(others) + 1) + "|"]
+        for name, rows in (*((f"`{loss}`", [loss]) for loss in losses), ("all", losses)):
+            of_rows = [cell for loss in rows for cell in _main(results, loss)]
+            cells = [[cell for cell in of_rows if cell.precision == precision] for precision in others]
+            texts = [_difference_text(results.minus_bf16(of_precision, of)) for of_precision in cells]
+            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+        lines.append("")
+    return lines
+
+
+def _final(outcome: Outcome) -> float:
+    return outcome.final
+
+
+def _area(outcome: Outcome) -> float:
+    return outcome.area
+
+
+def _difference_text(interval: Interval | None) -> str:
+    """Bold where it excludes 0."""
+    if interval is None:
+        return ""
+    return f"**{_number(interval, 3)}**" if interval.sign else _number(interval, 3)
+
+
 def _beside(results: Results, other: Results, name: str, precisions: Sequence[str]) -> list[str]:
     lines = [
         f"## The same runs in [{name}]({name}.md)",
@@ -233,10 +270,7 @@ def _tables(results: Results, losses: Sequence[str], precisions: Sequence[str], 
     def difference(of: Callable[[Outcome], float]) -> Callable[[Cell], str]:
         def text(cell: Cell) -> str:
             ours = Cell.of("drpo", LOSSES["drpo"], cell.precision, cell.staleness)
-            interval = results.paired(ours, cell, of)
-            if interval is None:
-                return ""
-            return f"**{_number(interval, 3)}**" if interval.sign else _number(interval, 3)
+            return _difference_text(results.paired(ours, cell, of))
 
         return text
 
@@ -248,8 +282,8 @@ def _tables(results: Results, losses: Sequence[str], precisions: Sequence[str], 
         *table("Area under the reward", of_summary(lambda s: _number(s.area, 3))),
         *table("Mismatch KL, nat a token", of_summary(lambda s: _scientific(s.mismatch))),
         *table("Share of runs that collapsed, and why", of_summary(_collapse_text)),
-        *(table("Final reward, `drpo` minus the loss, by seed", difference(lambda o: o.final), others)),
-        *(table("Area, `drpo` minus the loss, by seed", difference(lambda o: o.area), others)),
+        *(table("Final reward, `drpo` minus the loss, by seed", difference(_final), others)),
+        *(table("Area, `drpo` minus the loss, by seed", difference(_area), others)),
     ]
 
 

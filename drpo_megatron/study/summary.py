@@ -67,6 +67,18 @@ class Results:
         seeds = sorted(a.keys() & b.keys())
         return paired_interval([of(a[s]) for s in seeds], [of(b[s]) for s in seeds]) if seeds else None
 
+    def minus_bf16(self, cells: Iterable[Cell], of: Callable[[Outcome], float]) -> Interval | None:
+        """What the precision of `cells` changes: their runs minus those in bf16 that differ in nothing else, over all
+        of these pairs. None without pairs.
+        """
+        pairs = [
+            (of(seeds[seed]), of(twins[seed]))
+            for cell in cells
+            for seeds, twins in [(self.by_cell.get(cell, {}), self.by_cell.get(_in_bf16(cell), {}))]
+            for seed in sorted(seeds.keys() & twins.keys())
+        ]
+        return paired_interval(*map(list, zip(*pairs, strict=True))) if pairs else None
+
     def collapse_share(self, cells: Iterable[Cell]) -> Interval | None:
         """Over all runs of `cells`; None when there is none."""
         outcomes = [o for cell in cells for o in self.by_cell.get(cell, {}).values()]
@@ -109,6 +121,10 @@ class Results:
 
 def end_to_end(precisions: Sequence[str]) -> list[str]:
     return [name for name in precisions if any(setting.startswith("fp8.recipe=") for setting in PRECISIONS[name])]
+
+
+def _in_bf16(cell: Cell) -> Cell:
+    return dataclasses.replace(cell, precision="bf16")
 
 
 def _mismatch(outcomes: Sequence[Outcome]) -> Interval:

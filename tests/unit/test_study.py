@@ -334,6 +334,12 @@ def test_the_report_keeps_the_conclusions_and_says_what_numbers_decide(tmp_path:
     second = path.read_text()
     assert f"{report.BEGIN}\nA person\n\nconcluded this.\n{report.END}" in second
     assert "`cispo(eps_high=0.28)/bf16/8/0`" in second
+    # drpo learns alike in all precisions, pg collapses in all but bf16
+    changes = second.split("## What FP8 changes")[1].split("Area under the reward:")[0].splitlines()
+    assert next(line for line in changes if line.startswith("| `drpo`")).count(" 0.000 [0.000, 0.000] ") == 3
+    lost = next(line for line in changes if line.startswith("| `pg`"))
+    everything = next(line for line in changes if line.startswith("| all"))
+    assert lost.count("**-") == 3 and everything.count("-0.") >= 3
 
 
 def test_a_report_of_runs_on_a_gpu_says_so_and_has_a_name_of_its_own(tmp_path: Path) -> None:
