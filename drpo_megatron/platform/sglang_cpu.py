@@ -126,6 +126,21 @@ def fork_workers() -> None:
     multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force=True)
 
 
+def sleep_while_paused() -> None:
+    """SGLang's scheduler asks for messages without a pause while it is paused, as in every push of weights: on a core
+    that the trainer needs for the push. Here it waits for the next one as it does when it is idle.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    record = Scheduler._record_scheduler_state_for_paused_engine
+
+    def record_and_wait(self: Any) -> None:
+        record(self)
+        self.maybe_sleep_on_idle()
+
+    Scheduler._record_scheduler_state_for_paused_engine = record_and_wait
+
+
 def main() -> None:
     keep_freed_memory()
     install_stand_ins()
@@ -144,6 +159,7 @@ def main() -> None:
         sglang_cpu_fp8.install()
     arguments = prepare_server_args(sys.argv[1:])
     fork_workers()
+    sleep_while_paused()
     try:
         run_server(arguments)
     finally:

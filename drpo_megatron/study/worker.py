@@ -27,7 +27,7 @@ from drpo_megatron.checkpoint.saver import leave_alone_what_stays
 from drpo_megatron.config import RunConfig
 from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.observability.curves import read_metrics
-from drpo_megatron.platform.process import die_with_parent
+from drpo_megatron.platform.process import die_with_parent, killed_with_parent
 from drpo_megatron.platform.versions import versions
 from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.rollout.fleet import fleet_of
@@ -133,6 +133,7 @@ def run_rank(config: RunConfig) -> int:
 
 def _train(path: Path) -> None:
     """In the fork; never returns."""
+    killed_with_parent()
     try:
         os.environ.update(_ENVIRONMENT)
         sys.argv = ["drpo_megatron.training.main", str(path)]

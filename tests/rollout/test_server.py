@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.client import request_body
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerDied, ServerRequestError, ServersFailed, ServerStartError
@@ -111,6 +113,22 @@ def test_responses_end_at_eos_at_a_stop_string_or_at_the_limit(setup: Setup) -> 
     ended = [r for g in stopped for r in g.rollouts if r.finish_reason == "stop"]
     assert ended and all(r.text.endswith(letter) and letter not in r.text[:-1] for r in ended)
     assert all(letter not in r.text for g in stopped for r in g.rollouts if r.finish_reason == "length")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the server's cores are its own")
+def test_a_paused_server_leaves_the_cores_to_the_trainer(setup: Setup) -> None:
+    """SGLang's scheduler turns in a loop while it is paused."""
+    admin = ServerAdmin(setup.server.url)
+    assert setup.server.pid is not None
+    family = psutil.Process(setup.server.pid).children(recursive=True)
+    admin.pause_generation("retract", 30)
+    try:
+        before = sum(sum(p.cpu_times()[:2]) for p in family)
+        time.sleep(2)
+        assert sum(sum(p.cpu_times()[:2]) for p in family) - before < 0.5
+    finally:
+        admin.continue_generation(30)
+    assert len(setup.driver.generate(PROMPTS[:1])) == 1
 
 
 def test_a_push_replaces_all_weights_and_stamps_the_version(setup: Setup) -> None:
