@@ -12,6 +12,7 @@ ends when its connection is closed.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -23,11 +24,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from drpo_megatron import platform
-from drpo_megatron.checkpoint.saver import leave_alone_what_stays
 from drpo_megatron.config import RunConfig
 from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.observability.curves import read_metrics
-from drpo_megatron.platform.process import die_with_parent, killed_with_parent
+from drpo_megatron.platform.process import die_with_parent
 from drpo_megatron.platform.versions import versions
 from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.rollout.fleet import fleet_of
@@ -125,15 +125,18 @@ def run_rank(config: RunConfig) -> int:
     if platform.has_cuda():
         command = [sys.executable, "-m", "drpo_megatron.training.main", str(path)]
         return subprocess.run(command, env=os.environ | _ENVIRONMENT, check=False).returncode
+    worker = os.getpid()
     child = os.fork()
     if child == 0:
-        _train(path)
+        _train(path, worker)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _train(path: Path) -> None:
-    """In the fork; never returns."""
-    killed_with_parent()
+def _train(path: Path, worker: int) -> None:
+    """In the fork; never returns. `worker`: its parent, which may have ended before the kernel was asked to tell."""
+    die_with_parent()
+    if os.getppid() != worker:
+        os._exit(1)
     try:
         os.environ.update(_ENVIRONMENT)
         sys.argv = ["drpo_megatron.training.main", str(path)]
@@ -165,7 +168,8 @@ def serve(connection: Connection) -> None:
         platform.activate()
         for module in _IMPORTED_BEFORE:
             importlib.import_module(module)
-        leave_alone_what_stays()  # or each run would go through all of it
+        gc.collect()
+        gc.freeze()  # or each run would go through all of it
     server = KeptServer()
     try:
         while True:
