@@ -7,6 +7,8 @@ an encoder is left to SGLang.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +25,8 @@ def install() -> None:
     """Replace the loops over requests in SGLang's torch attention. Imports SGLang."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
-    Backend._run_sdpa_forward_extend = _extend(Backend._run_sdpa_forward_extend)
-    Backend._run_sdpa_forward_decode = _decode(Backend._run_sdpa_forward_decode)
+    Backend._run_sdpa_forward_extend = _by_lengths(Backend._run_sdpa_forward_extend)
+    Backend._run_sdpa_forward_decode = _by_lengths(Backend._run_sdpa_forward_decode)
 
 
 def attend(
@@ -70,67 +72,28 @@ def attend(
     return output_THd
 
 
-def _extend(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(
-        self: Any,
-        query: Tensor,
-        output: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        req_to_token: Tensor,
-        req_pool_indices: Tensor,
-        seq_lens: Tensor,
-        extend_prefix_lens: Tensor,
-        extend_seq_lens: Tensor,
-        encoder_lens: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        if _is_special(encoder_lens, options):
-            pools = (req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens, encoder_lens)
-            return original(self, query, output, k_cache, v_cache, *pools, **options)
+def _by_lengths(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Instead of one of SGLang's two loops: `extend` says how many tokens of each request are new, `decode` has one."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def run(*values: Any, **named: Any) -> Tensor:
+        call = signature.bind(*values, **named)
+        call.apply_defaults()
+        given = call.arguments
+        special = given["encoder_lens"] is not None or given["is_cross_attn"]
+        if special or given["sliding_window_size"] is not None:
+            return original(*values, **named)
+        lengths = given["seq_lens"].tolist()
         return attend(
-            query,
-            output,
-            (k_cache, v_cache),
-            req_to_token[req_pool_indices, : int(seq_lens.max())],
-            extend_seq_lens.tolist(),
-            seq_lens.tolist(),
-            causal=options["causal"],
-            scale=options["scaling"],
+            given["query"],
+            given["output"],
+            (given["k_cache"], given["v_cache"]),
+            given["req_to_token"][given["req_pool_indices"], : max(lengths)],
+            given["extend_seq_lens"].tolist() if "extend_seq_lens" in given else [1] * len(lengths),
+            lengths,
+            causal=given["causal"],
+            scale=given["scaling"],
         )
 
     return run
-
-
-def _decode(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(
-        self: Any,
-        query: Tensor,
-        output: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        req_to_token: Tensor,
-        req_pool_indices: Tensor,
-        seq_lens: Tensor,
-        encoder_lens: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        if _is_special(encoder_lens, options):
-            pools = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
-            return original(self, query, output, k_cache, v_cache, *pools, **options)
-        return attend(
-            query,
-            output,
-            (k_cache, v_cache),
-            req_to_token[req_pool_indices, : int(seq_lens.max())],
-            [1] * len(seq_lens),
-            seq_lens.tolist(),
-            causal=False,
-            scale=options["scaling"],
-        )
-
-    return run
-
-
-def _is_special(encoder_lens: Tensor | None, options: dict[str, Any]) -> bool:
-    return encoder_lens is not None or options["is_cross_attn"] or options["sliding_window_size"] is not None

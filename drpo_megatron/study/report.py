@@ -184,7 +184,7 @@ def _differences(results: Results, losses: Sequence[str]) -> list[str]:
         better, worse, undecided = [], [], 0
         for cell in _main(results, "drpo"):
             other = Cell.of(loss, LOSSES[loss], cell.precision, cell.staleness)
-            difference = results.paired(cell, other, lambda o: o.final)
+            difference = results.paired(cell, other, _final)
             if difference is None or math.isnan(difference.low):
                 continue
             better += [cell] if difference.sign > 0 else []
@@ -292,21 +292,23 @@ def _delta_table(results: Results) -> list[str]:
     if not any(cell.loss == "drpo" and dict(cell.parameters) != LOSSES["drpo"] for cell in cells):
         return []
     best = max(cells, key=lambda cell: results.summary(cell).final.value)
+    free = delta_grid()[-1]
     lines = [
         f"## δ: {', '.join(f'{delta:g}' for delta in DELTAS)} and ∞",
         "",
         f"In `{DELTA_PRECISION}`, with {cells[0].staleness} updates on each rollout batch:",
         "",
-        "| δ | final reward | area | mismatch KL | collapsed | final reward, highest minus this |",
-        "|---|---|---|---|---|---|",
+        "| δ | final reward | area | mismatch KL | collapsed | final reward, highest minus this | area, minus ∞'s |",
+        "|---|---|---|---|---|---|---|",
     ]
     beaten = []
     for cell in cells:
-        s, gap = results.summary(cell), results.paired(best, cell, lambda o: o.final)
+        s, gap = results.summary(cell), results.paired(best, cell, _final)
         beaten += [cell] if gap and gap.sign > 0 else []
         lines.append(
             f"| {_delta(cell)} | {_number(s.final, 3)} | {_number(s.area, 3)} | {_scientific(s.mismatch)} | "
-            f"{_collapse_text(s)} | {'highest' if cell == best else _number(gap, 3) if gap else ''} |"
+            f"{_collapse_text(s)} | {'highest' if cell == best else _number(gap, 3) if gap else ''} | "
+            f"{_difference_text(results.paired(cell, free, _area)) if cell != free else ''} |"
         )
     tied = [_delta(cell) for cell in cells if cell != best and cell not in beaten]
     named = f"δ = {_delta(best)} has the highest final reward"

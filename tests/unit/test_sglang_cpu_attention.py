@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from drpo_megatron.platform import sglang_cpu_attention
 from drpo_megatron.platform.sglang_cpu_attention import attend
@@ -46,3 +49,46 @@ def test_equals_each_request_by_itself(
         scale=0.3,
     )
     torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("special", [{}, {"is_cross_attn": True, "encoder_lens": torch.tensor([2, 3, 2])}])
+@pytest.mark.parametrize("loop", ["extend", "decode"])
+def test_equals_the_loop_of_sglang(
+    monkeypatch: pytest.MonkeyPatch, loop: str, special: dict[str, bool | torch.Tensor]
+) -> None:
+    name = f"_run_sdpa_forward_{loop}"
+    theirs = getattr(TorchNativeAttnBackend, name)
+    for each in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode"):
+        monkeypatch.setattr(TorchNativeAttnBackend, each, getattr(TorchNativeAttnBackend, each))
+    sglang_cpu_attention.install()
+    ours = getattr(TorchNativeAttnBackend, name)
+    assert ours is not theirs
+    together = Mock(wraps=attend)
+    monkeypatch.setattr(sglang_cpu_attention, "attend", together)
+
+    generator = torch.Generator().manual_seed(0)
+    new, lengths = (torch.tensor([1, 1, 1]) if loop == "decode" else torch.tensor([2, 4, 2])), torch.tensor([5, 7, 5])
+    query = torch.randn(int(new.sum()), 4, 8, generator=generator)
+    caches = [torch.randn(40, 2, 8, generator=generator) for _ in range(2)]
+    rows = torch.randperm(40, generator=generator)[:30].view(3, 10)
+    of_loop = (lengths - new, new) if loop == "extend" else ()
+    causal = loop == "extend" and not special
+    encoder_lens = special.get("encoder_lens")
+    options = {"scaling": 0.3, "enable_gqa": True, "causal": causal, "is_cross_attn": bool(special)}
+    results = [
+        run(
+            None,
+            query,
+            torch.zeros_like(query),
+            *caches,
+            rows,
+            torch.tensor([2, 0, 1]),
+            lengths,
+            *of_loop,
+            encoder_lens,
+            **options,
+        )
+        for run in (theirs, ours)
+    ]
+    torch.testing.assert_close(*results)
+    assert together.called is not bool(special)
