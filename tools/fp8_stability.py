@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from drpo_megatron.config import ConfigError, check_config
@@ -27,6 +29,7 @@ from drpo_megatron.study.records import Record, Records
 from drpo_megatron.study.report import Made, write_report
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS_NAME = "fp8-stability"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], dest="settings", metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one a core")
     parser.add_argument("--out", type=Path, default=RESULTS, help="gets NAME.md and NAME/")
-    parser.add_argument("--name", default="fp8-stability", help="of the page and of the folder of its records")
+    parser.add_argument("--name", default=RESULTS_NAME, help="of the page and of the folder of its records")
+    parser.add_argument("--title", default="FP8 stability", help="of the page")
     parser.add_argument("--note", default="", metavar="TEXT", help="for the page: a sentence on the machine")
     parser.add_argument(
         "--beside", nargs="*", default=[], metavar="NAME", help="of other studies in --out to compare with"
@@ -91,6 +95,26 @@ def make_runs(study: Study, jobs: list[Job], records: Records, parsed: argparse.
         run_jobs(study, missing, parsed.scratch, parsed.workers, keep)
 
 
+def command_of(parsed: argparse.Namespace, found: list[Record]) -> str:
+    """What makes these runs, for the page: of the grid, what is not all of it."""
+    command = ["python", "tools/fp8_stability.py"]
+    command += ["--name", parsed.name] if parsed.name != RESULTS_NAME else []
+    command += ["--backend", parsed.backend] if parsed.backend != "emulate" else []
+    whole: dict[str, tuple[Sequence[object], set[object]]] = {
+        "--losses": (list(grid.LOSSES), {record.loss for record in found}),
+        "--precisions": (list(grid.PRECISIONS), {record.precision for record in found}),
+        "--staleness": (grid.STALENESS, {record.staleness for record in found}),
+        "--seeds": (grid.SEEDS, {record.seed for record in found}),
+    }
+    for option, (every, made) in whole.items():
+        command += [option, *(str(value) for value in every if value in made)] if made != set(every) else []
+    only_deltas = set(grid.delta_grid()) - set(grid.main_grid())
+    command += ["--no-deltas"] if only_deltas.isdisjoint(record.cell for record in found) else []
+    command += ["--updates", str(parsed.updates)] if parsed.updates else []
+    command += ["--set", *parsed.settings] if parsed.settings else []
+    return shlex.join(command)
+
+
 def main() -> int:
     parsed = parse_arguments()
     study = Study(parsed.config, tuple(parsed.settings), parsed.backend, parsed.updates)
@@ -115,7 +139,16 @@ def main() -> int:
     hours = sum(record.seconds for record in found) / 3600
     samples = base.rollout.prompts_per_step * base.rollout.samples_per_prompt
     pictures = draw_all(found, records.directory)
-    made = Made(base.training.steps, samples, hours, parsed.backend, parsed.note)
+    made = Made(
+        base.training.steps,
+        samples,
+        hours,
+        parsed.backend,
+        parsed.note,
+        parsed.title,
+        study.settings,
+        command_of(parsed, found),
+    )
     beside = {name: list(Records(parsed.out / name)) for name in parsed.beside}
     write_report(parsed.out / f"{parsed.name}.md", found, made, beside)
     write_page(parsed.html or records.directory / f"{parsed.name}.html", found, base.training.steps, pictures)

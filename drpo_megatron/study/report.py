@@ -22,19 +22,19 @@ from drpo_megatron.study.summary import CellSummary, Results, end_to_end
 BEGIN, END = "<!-- conclusions: kept as they are -->", "<!-- end of conclusions -->"
 _NOT_WRITTEN = "Not written yet."
 
-PROTOCOL = f"""# FP8 stability
+PROTOCOL = f"""# {{title}}
 
 Do ratio-based losses collapse in low precision where DRPO holds? A tiny Qwen3-style model learns to repeat a digit,
-with real SGLang rollouts, in {len(PRECISIONS)} precisions, by {len(LOSSES)} losses, with {{staleness}} updates on each
-rollout batch and {{seeds}} seeds: [configs/fp8-stability.yaml](../../configs/fp8-stability.yaml).
+with real SGLang rollouts, in {{precisions}} precisions, by {{losses}} losses, with {{staleness}} updates on each
+rollout batch and {{seeds}} seeds: [configs/fp8-stability.yaml](../../configs/fp8-stability.yaml){{settings}}.
 
 ## How to run it
 
 ```
-python tools/fp8_stability.py                                          # all; goes on where it was stopped
-python tools/fp8_stability.py --report-only --html fp8-stability.html  # pages from the runs that there are
-drpo bench fp8 --json                                                  # a reduced grid, ten minutes on two cores
-python tools/fp8_stability.py --backend transformer_engine --name fp8-stability-gpu --workers 8   # on GPUs
+{{command}}  # goes on where it was stopped
+{{command}} --report-only  # pages from the runs that there are
+drpo bench fp8 --json  # a reduced grid, within ten minutes on two cores
+python tools/fp8_stability.py --backend transformer_engine --name fp8-stability-gpu --workers 8  # on GPUs
 ```
 
 {{fp8}} Every run is a line of `{{name}}/runs-LOSS.jsonl`.
@@ -70,7 +70,8 @@ _FP8 = {
 @dataclass(frozen=True)
 class Made:
     """How the runs were made: optimizer updates of one, samples of an update, hours that all would have taken one after
-    the other, the backend of FP8, and a sentence on the machine or "".
+    the other, the backend of FP8, a sentence on the machine or "", the page's title, the settings that all runs had
+    beside the recipe's, and the command that makes them.
     """
 
     updates: int
@@ -78,6 +79,9 @@ class Made:
     hours: float
     backend: Literal["emulate", "transformer_engine"] = "emulate"
     note: str = ""
+    title: str = "FP8 stability"
+    settings: Sequence[str] = ()
+    command: str = "python tools/fp8_stability.py"
 
 
 def write_report(path: Path, records: Sequence[Record], made: Made, beside: Mapping[str, Sequence[Record]]) -> None:
@@ -104,9 +108,14 @@ def _page(
     precisions = [name for name in PRECISIONS if any(cell.precision == name for cell in cells)]
     losses = [loss for loss in LOSSES if any(cell.loss == loss for cell in cells)]
     seeds = len({seed for of_cell in results.by_cell.values() for seed in of_cell})
-    parameters = ", ".join(f"`{Cell.of(loss, LOSSES[loss], 'bf16', 1).method}`" for loss in LOSSES)
+    parameters = ", ".join(f"`{Cell.of(loss, LOSSES[loss], 'bf16', 1).method}`" for loss in losses)
     lines = [
         PROTOCOL.format(
+            title=made.title,
+            precisions=len(precisions),
+            losses=len(losses),
+            settings=", with " + _listed([f"`{setting}`" for setting in made.settings]) if made.settings else "",
+            command=made.command,
             staleness=_listed(staleness),
             seeds=seeds,
             updates=made.updates,

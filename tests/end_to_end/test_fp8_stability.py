@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -62,3 +63,9 @@ def test_a_killed_study_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert not list((tmp_path / "scratch").glob("*bf16*")), "a run that is recorded leaves nothing"
     assert "2 runs in 2 cells" in (tmp_path / "out" / "fp8-stability.md").read_text()
     assert (tmp_path / "out" / "fp8-stability" / "fp8-stability.html").exists()
+    # The page has the command that makes its runs: that of above, but for where and by how many.
+    (line,) = [x for x in (tmp_path / "out" / "fp8-stability.md").read_text().splitlines() if "# goes on" in x]
+    own, theirs = (shlex.split(text, comments=True) for text in (shlex.join(command(tmp_path)[2:]), line))
+    for option in ("--workers", "--out", "--scratch"):
+        del own[own.index(option) : own.index(option) + 2]
+    assert theirs == ["python", "tools/fp8_stability.py", *own]

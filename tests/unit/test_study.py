@@ -347,9 +347,14 @@ def test_a_report_of_runs_on_a_gpu_says_so_and_has_a_name_of_its_own(tmp_path: P
     path = tmp_path / "gpu.md"
     runs = small_study()
     others = [replace(r, metrics=r.metrics | {"mismatch/k3": [k / 2 for k in r.metrics["mismatch/k3"]]}) for r in runs]
-    made = report.Made(UPDATES, 64, 0.5, "transformer_engine", "One H100.")
+    command = "python tools/fp8_stability.py --set optimizer.lr=1"
+    made = report.Made(
+        UPDATES, 64, 0.5, "transformer_engine", "One H100.", "On a GPU", ("optimizer.lr=1", "seed=2"), command
+    )
     report.write_report(path, runs, made, {"emulated": [r for r in others if r.loss != "pg"]})
     text = path.read_text()
+    assert text.startswith("# On a GPU\n") and "in 4 precisions, by 3 losses, with 8 updates" in text
+    assert "fp8-stability.yaml), with `optimizer.lr=1` and `seed=2`." in text and f"\n{command}  # goes on" in text
     assert "FP8 is Transformer Engine's, the servers' SGLang's. Every run is a line of `gpu/runs-LOSS.jsonl`" in text
     assert "0.5 hours of one worker, servers' starts left out. One H100. Versions:" in text
     assert "![reward](gpu/reward.png)" in text
