@@ -43,14 +43,14 @@ settings: $(STAMP)
 
 # Tests that `make test` leaves out, because they go through many layouts for many minutes.
 layouts: $(STAMP)
-	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py tests/distributed/test_determinism.py \
-	  tests/distributed/test_routing_replay.py tests/distributed/test_large_models.py \
-	  tests/distributed/test_family_parity.py tests/distributed/test_optimizer_states.py \
-	  tests/rollout/test_sync_layouts.py tests/rollout/test_server.py
+	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/ranks/test_parity.py tests/ranks/test_determinism.py \
+	  tests/ranks/test_routing_replay.py tests/ranks/test_large_models.py \
+	  tests/ranks/test_family_parity.py tests/ranks/test_optimizer_states.py \
+	  tests/server/test_sync_layouts.py tests/server/test_server.py
 
 # Every layout against one process: docs/results/parity.md.
 parity: $(STAMP)
-	DRPO_LAYOUTS=1 DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/distributed/test_parity.py
+	DRPO_LAYOUTS=1 DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/ranks/test_parity.py
 
 # What `drpo bench loss` compares with, beside the product's own packages and behind them.
 peers: $(STAMP)

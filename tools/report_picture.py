@@ -13,7 +13,7 @@ from PIL import Image
 
 from drpo_megatron.commands.report import SAMPLES
 from drpo_megatron.report.page import write_report
-from tests.browser import KEYS, Browser, unpack_chromium
+from tests.support.browser import KEYS, Browser, unpack_chromium
 
 OUT = Path(__file__).parents[1] / "docs" / "report.png"
 WIDTH, HEIGHT = 1280, 1700

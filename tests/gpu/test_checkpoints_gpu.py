@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny_models
-from tests.distributed.test_checkpoints import DRIVER, SP2, Case, resume_and_go_on, save_and_go_on
 from tests.gpu.devices import needs_devices
-from tests.ranks import run_ranks
+from tests.ranks.test_checkpoints import DRIVER, SP2, Case, resume_and_go_on, save_and_go_on
+from tests.support import tiny_models
+from tests.support.launch import run_ranks
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_train_step import DELTA, make_sequences, run_config
-from tests.ranks import run_ranks
-from tests.tiny_models import VOCAB_SIZE, write
+from tests.ranks.test_train_step import DELTA, make_sequences, run_config
+from tests.support.launch import run_ranks
+from tests.support.tiny_models import VOCAB_SIZE, write
 
 pytestmark = [
     pytest.mark.gpu,

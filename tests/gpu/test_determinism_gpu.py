@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_determinism import CASES, train
 from tests.gpu.devices import needs_devices
-from tests.parity import Case, errors, write_models
-from tests.ranks import run_ranks
+from tests.ranks.test_determinism import CASES, train
+from tests.support.launch import run_ranks
+from tests.support.parity import Case, errors, write_models
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerCon
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.weights import fp8
-from tests.rollout.helpers import OneServer, largest_logprob_error, make_prompts
-from tests.rollout.test_fp8_export import export
-from tests.tiny_models import VOCAB_SIZE
+from tests.server.test_fp8_export import export
+from tests.support.servers import OneServer, largest_logprob_error, make_prompts
+from tests.support.tiny_models import VOCAB_SIZE
 
 pytestmark = [
     pytest.mark.gpu,

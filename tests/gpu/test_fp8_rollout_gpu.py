@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.rollout.helpers import perturb
-from tests.rollout.test_fp8_export import WHOLE_BLOCKS
-from tests.rollout.test_fp8_rollout import TRANSPORTS, Served, reference, serve
+from tests.server.test_fp8_export import WHOLE_BLOCKS
+from tests.server.test_fp8_rollout import TRANSPORTS, Served, reference, serve
+from tests.support.servers import perturb
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.tiny_models import VOCAB_SIZE, write
+from tests.support.launch import run_ranks
+from tests.support.tiny_models import VOCAB_SIZE, write
 
 pytestmark = pytest.mark.gpu
 needs_three = pytest.mark.skipif(

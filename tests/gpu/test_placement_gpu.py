@@ -19,12 +19,12 @@ from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
-from tests.distributed.test_placement import CASES, UPDATES, move_between_updates
-from tests.distributed.test_train_step import make_sequences
 from tests.gpu.devices import needs_devices
-from tests.ranks import run_ranks
-from tests.rollout.helpers import make_prompts, perturb
-from tests.tiny_models import VOCAB_SIZE, write
+from tests.ranks.test_placement import CASES, UPDATES, move_between_updates
+from tests.ranks.test_train_step import make_sequences
+from tests.support.launch import run_ranks
+from tests.support.servers import make_prompts, perturb
+from tests.support.tiny_models import VOCAB_SIZE, write
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from drpo_megatron.bench.prefix import synthetic_updates
-from tests.distributed.test_train_step import DELTA, run_config
-from tests.ranks import run_ranks
-from tests.tiny_models import VOCAB_SIZE, write
+from tests.ranks.test_train_step import DELTA, run_config
+from tests.support.launch import run_ranks
+from tests.support.tiny_models import VOCAB_SIZE, write
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ import psutil
 
 from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent
-from tests.debian import unpack_packages
+from tests.support.debian import unpack_packages
 
 NODES, CPUS, MEMORY_MB = 4, 16, 8000
 _PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2")

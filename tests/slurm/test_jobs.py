@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from drpo_megatron.models.recipes import ensure_model
-from tests.debian import Unavailable
 from tests.slurm.cluster import Cluster, unpack_slurm
+from tests.support.debian import Unavailable
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 

@@ -19,7 +19,7 @@ from drpo_megatron.models.families import FAMILIES
 from drpo_megatron.models.hf_config import HFModelConfig
 from drpo_megatron.models.hf_reader import IGNORED
 from drpo_megatron.models.hf_rope import ROPE_TYPES
-from tests import tiny_models
+from tests.support import tiny_models
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "data" / "hf_configs").glob("*/config.json"))
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}

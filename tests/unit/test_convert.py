@@ -26,7 +26,7 @@ from drpo_megatron.weights.convert_jobs import run_in_processes
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from drpo_megatron.weights.convert_verify import VerificationError, verify_export, verify_import
-from tests import tiny_models
+from tests.support import tiny_models
 
 ROOT = Path(__file__).parents[2]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaModel, GemmaRMSNorm
 
 from drpo_megatron.models.builder import embedding_scale, gelu_tanh
 from drpo_megatron.models.specs import RMSNorm
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

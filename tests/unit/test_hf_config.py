@@ -16,7 +16,7 @@ from drpo_megatron.models.flops import training_flops
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
 from drpo_megatron.models.rope import inverse_frequencies
 from drpo_megatron.platform.layout import ParallelLayout
-from tests import tiny_models
+from tests.support import tiny_models
 
 LLAMA_2 = {
     "model_type": "llama",

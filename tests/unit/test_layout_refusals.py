@@ -18,7 +18,7 @@ from drpo_megatron import cli
 from drpo_megatron.commands import EXIT_REFUSED
 from drpo_megatron.config import check_config, load_config
 from drpo_megatron.config.rollout_checks import rollout_problems
-from tests import tiny_models
+from tests.support import tiny_models
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 FAMILIES = ("qwen3", "qwen2", "qwen3_moe", "deepseek_v3")

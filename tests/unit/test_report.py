@@ -1,4 +1,4 @@
-"""`drpo report` and `drpo diff` against what was written into the runs. The page in a browser: end_to_end."""
+"""`drpo report` and `drpo diff` against what was written into the runs. The page in a browser: slow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drpo_megatron.report.page import MAX_BARS, curves, thinned, verb_times, wri
 from drpo_megatron.report.parting import compare_runs
 from drpo_megatron.report.run_files import config_differences, read_runs
 from drpo_megatron.report.samples import MAX_TOKENS, evenly, split_text, take_samples
-from tests.report_runs import TRAPS, metrics, rollout, write_run
+from tests.support.report_runs import TRAPS, metrics, rollout, write_run
 
 
 def drpo(*words: Any) -> int:

@@ -39,7 +39,7 @@ def children() -> list[psutil.Process]:
 
 def test_pool_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
     before = {p.pid for p in children()}
-    config = RewardConfig(type="function", function="tests.unit.misbehaving:behave", timeout_s=0.7, workers=2)
+    config = RewardConfig(type="function", function="tests.support.misbehaving:behave", timeout_s=0.7, workers=2)
     bad = {
         "raise": "raised RuntimeError: bad sample",
         "python loop": "took longer than 0.7 s",
@@ -71,7 +71,7 @@ def test_pool_survives_everything(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_cancelled_score_leaves_the_pool_alive() -> None:
     """As when a run stops, or a step does not wait for a group, while its samples are scored."""
-    config = RewardConfig(type="function", function="tests.unit.misbehaving:behave", timeout_s=0.7)
+    config = RewardConfig(type="function", function="tests.support.misbehaving:behave", timeout_s=0.7)
 
     async def cancel_one_and_score_another(pool: RewardPool) -> None:
         waits = asyncio.create_task(pool.score_async([rollout("python loop"), rollout("fine")]))
@@ -89,7 +89,7 @@ def test_a_cancelled_score_leaves_the_pool_alive() -> None:
 def test_a_verifier_that_eats_memory(caplog: pytest.LogCaptureFixture) -> None:
     """It costs its own reward, whether Python or C asks for the memory; what a process kept goes with it."""
     config = RewardConfig(
-        type="function", function="tests.unit.misbehaving:behave", timeout_s=60, workers=1, memory_mb=512
+        type="function", function="tests.support.misbehaving:behave", timeout_s=60, workers=1, memory_mb=512
     )
     bad = {
         "memory": "ran out of memory (reward.memory_mb is 512)",
@@ -146,7 +146,7 @@ def test_what_counts_as_out_of_memory() -> None:
 
 
 def test_no_limit_of_memory() -> None:
-    config = RewardConfig(type="function", function="tests.unit.misbehaving:behave", memory_mb=None)
+    config = RewardConfig(type="function", function="tests.support.misbehaving:behave", memory_mb=None)
     with RewardPool(config, FUNCTION_DATA) as pool:
         pool.score([own := rollout("address space")])
     assert own.reward == float(resource.getrlimit(resource.RLIMIT_AS)[1])
@@ -164,7 +164,7 @@ def test_workers_die_with_the_trainer(tmp_path: Path) -> None:
         from drpo_megatron.config.schema import RewardConfig
         from drpo_megatron.rewards import RewardPool
         from tests.unit.test_rewards import FUNCTION_DATA, rollout
-        config = RewardConfig(type="function", function="tests.unit.misbehaving:behave", timeout_s=600)
+        config = RewardConfig(type="function", function="tests.support.misbehaving:behave", timeout_s=600)
         pool = RewardPool(config, FUNCTION_DATA)
         pool.score([rollout("fine")])
         print(pool._feeders[0]._process.pid, flush=True)

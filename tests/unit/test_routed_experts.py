@@ -16,7 +16,7 @@ from drpo_megatron.rollout.errors import GenerationError
 from drpo_megatron.rollout.experts import RoutedExpertsFormat
 from drpo_megatron.rollout.turns import Trajectory
 from drpo_megatron.training.packing import pack, train_sequences
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.unit.test_rollout_client import SAMPLING, answer
 
 PROMPT = Prompt("p", [11, 12, 13], "text")

@@ -20,7 +20,7 @@ from drpo_megatron.observability.watchdog import EXIT_STALLED, stalls
 from drpo_megatron.platform.process import processes
 from drpo_megatron.rollout.state import server_state
 from launch import local
-from tests.rollout.helpers import wait_until_gone
+from tests.support.servers import wait_until_gone
 from tests.unit.test_config import MINIMAL
 
 CHILD = """

@@ -24,7 +24,7 @@ from drpo_megatron.weights.map import (
     VocabEmbedding,
     WeightRule,
 )
-from tests import tiny_models
+from tests.support import tiny_models
 
 HIDDEN = 6
 
