@@ -4,10 +4,13 @@ export PYTHON
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SETUP := setup.py $(wildcard requirements/*.txt)
+SETUP := setup.py pyproject.toml $(wildcard requirements/*.txt)
 GPU   := $(shell command -v nvidia-smi 2>/dev/null)
+RUN   := $(BIN)/python tools/run_tests.py
+# Transformer Engine lives beside the environment: with it in there, Megatron-Core would take its CUDA kernels.
+TE    := $(VENV)/te
 
-.PHONY: install quickstart test lint unit gpu layouts parity peers settings constraints
+.PHONY: install quickstart test test-all slow slow-part lint unit ranks server e2e gpu te parity peers settings constraints
 
 install: $(STAMP)
 
@@ -26,38 +29,46 @@ endif
 quickstart: $(STAMP)
 	$(BIN)/drpo train configs/quickstart.yaml
 
-test: lint unit
-	$(BIN)/python -m pytest tests --ignore=tests/unit
+# The proof of a change: ten minutes on two cores. CONTRIBUTING.md says what each group is and costs.
+test: $(STAMP)
+	$(RUN) lint unit ranks server e2e
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+# What is long by nature: every layout, kills, the benches, SLURM jobs, the browser; and the fast tests in another order.
+slow: $(STAMP) te peers
+	$(RUN) shuffled slow
 
-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+test-all: test slow
+
+# A part of the slow tests, another with each commit: at most 25 minutes.
+slow-part: $(STAMP) te peers
+	$(RUN) slow-part
+
+lint unit ranks server e2e: $(STAMP)
+	$(RUN) $@
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
+
+te: $(TE)/.installed
+
+$(TE)/.installed: $(STAMP) tools/install_te.sh
+	bash tools/install_te.sh $(TE)
+	@touch $@
 
 settings: $(STAMP)
 	(head -4 docs/settings.md; $(BIN)/drpo settings) > $(VENV)/settings.md
 	mv $(VENV)/settings.md docs/settings.md
 
-# Tests that `make test` leaves out, because they go through many layouts for many minutes.
-layouts: $(STAMP)
-	DRPO_LAYOUTS=1 $(BIN)/python -m pytest tests/ranks/test_parity.py tests/ranks/test_determinism.py \
-	  tests/ranks/test_routing_replay.py tests/ranks/test_large_models.py \
-	  tests/ranks/test_family_parity.py tests/ranks/test_optimizer_states.py \
-	  tests/server/test_sync_layouts.py tests/server/test_server.py
-
 # Every layout against one process: docs/results/parity.md.
 parity: $(STAMP)
-	DRPO_LAYOUTS=1 DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/ranks/test_parity.py
+	DRPO_WRITE_RESULTS=1 $(BIN)/python -m pytest tests/slow/test_parity.py
 
 # What `drpo bench loss` compares with, beside the product's own packages and behind them.
-peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers --requirement requirements/peers.txt
+peers: $(VENV)/peers/.installed
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu
+$(VENV)/peers/.installed: $(STAMP) requirements/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers --requirement requirements/peers.txt
+	@touch $@
 
 constraints: $(STAMP)
 	(head -1 requirements/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > $(VENV)/constraints.txt
