@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 
+from drpo_megatron import __version__
 from drpo_megatron.commands import COMMANDS, EXIT_INTERRUPTED, EXIT_REFUSED
 from drpo_megatron.config import ConfigError
 from drpo_megatron.platform.quiet import hush_advice_for_gpus
@@ -46,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="drpo", description="DRPO training of language models on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"drpo_megatron.commands.{name}")
