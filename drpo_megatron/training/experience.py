@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from transformers import AutoTokenizer
 
 from drpo_megatron.config.functions import import_function
 from drpo_megatron.config.schema import RunConfig
@@ -65,6 +64,9 @@ class Experience:
                 self.fp8_weights.write_model(config)
             self.fleet = started.enter_context(fleet_of(config))
             self.rewards = started.enter_context(RewardPool(config.reward, config.data))
+            # While the servers start.
+            from transformers import AutoTokenizer
+
             self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
             self.evaluation = TrainingEvaluation(config, self.tokenizer)
             self.experts = RoutedExpertsFormat.load(config.model.path)

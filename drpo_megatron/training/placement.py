@@ -19,7 +19,7 @@ Several ranks on GPUs have not been run: see docs/gpu-checklist.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,10 @@ from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.platform import device
 from drpo_megatron.platform.distributed import control_group, from_rank_0
 from drpo_megatron.rollout.memory import FleetMemory
-from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.step import Policy
+
+if TYPE_CHECKING:
+    from drpo_megatron.training.experience import Experience
 
 
 class Placement(Protocol):

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TextIO
+from typing import TYPE_CHECKING, NoReturn, Self, TextIO
 
 import torch.distributed as dist
 
@@ -21,7 +21,6 @@ from drpo_megatron.observability.profiler import StepProfiler
 from drpo_megatron.platform import peak_flops_per_s, peak_memory_bytes
 from drpo_megatron.platform.distributed import control_group, from_rank_0, to_rank_0
 from drpo_megatron.records import Metrics, RolloutGroup
-from drpo_megatron.training.experience import Experience
 from drpo_megatron.training.metrics import step_metrics
 from drpo_megatron.training.packing import TrainSequence, groups_of_updates, train_sequences
 from drpo_megatron.training.placement import placement_of
@@ -31,6 +30,9 @@ from drpo_megatron.training.step import Policy, UpdateResult
 from drpo_megatron.training.stop import StopRequested, StopSignal
 from drpo_megatron.training.trained_tokens import note_trained_tokens
 from drpo_megatron.weights.exporter import iter_hf_tensors, save_hf
+
+if TYPE_CHECKING:
+    from drpo_megatron.training.experience import Experience
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,9 @@ class Run:
             self.source: ExperienceSource | None = None
             if dist.get_rank() == 0:
                 if self.config.rollout.from_dump is None:
+                    # Here, because the other ranks need none of what it imports.
+                    from drpo_megatron.training.experience import Experience
+
                     self.source = self.experience = started.enter_context(Experience(self.config, self.stop.is_set))
                 else:
                     self.source = started.enter_context(Replay(self.config))
