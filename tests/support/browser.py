@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import subprocess
 import time
 import urllib.error
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from drpo_megatron.platform.ports import free_port
 from drpo_megatron.platform.process import killed_with_parent
-from tests.support.debian import unpack_packages
+from tests.support.debian import Unavailable, unpack_packages
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id in W3C WebDriver
 _LIBRARIES = (
@@ -43,9 +44,44 @@ _ARGUMENTS = (
 KEYS = {"Right": "\ue014", "Left": "\ue012", "Home": "\ue011", "End": "\ue010", "Tab": "\ue004", "Enter": "\ue007"}
 
 
+LIMIT_S = 300.0
+# All that must be of one version. A machine that has a Chromium has some of them, and apt would not bring those.
+_PACKAGES = ("chromium", "chromium-common", "chromium-driver", "fonts-dejavu-core")
+_CHROMIUM, _DRIVER = "usr/lib/chromium/chromium", "usr/bin/chromedriver"
+
+
 def unpack_chromium(directory: Path) -> Path:
-    """Chromium and its driver with what they need, below `directory`. Raises Unavailable."""
-    return unpack_packages(("chromium", "chromium-driver", "fonts-dejavu-core"), directory)
+    """Chromium and its driver, of one version, with what they need, below `directory`; those that the machine has are
+    not used. Raises Unavailable: the message says what is lacking.
+    """
+    root = unpack_packages(_PACKAGES, directory)
+    chromium, driver = (_version(root, program) for program in (_CHROMIUM, _DRIVER))
+    if chromium != driver:
+        raise Unavailable(f"Debian's packages are of two versions: chromium {chromium}, chromium-driver {driver}")
+    return root
+
+
+def _version(root: Path, program: str) -> str:
+    """What the program says of itself: it finds its libraries."""
+    path = root / program
+    if not path.exists():
+        raise Unavailable(f"{path.name} is not in the packages of this distribution, which lack {program}")
+    done = subprocess.run(
+        [path, "--version"], env=_environment(root, root), capture_output=True, text=True, timeout=LIMIT_S
+    )
+    found = re.search(r"\d+(\.\d+)+", done.stdout)
+    if done.returncode or found is None:
+        raise Unavailable(f"{path.name} of Debian's packages does not run here: {(done.stderr or done.stdout).strip()}")
+    return found[0]
+
+
+def _environment(root: Path, home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HOME": str(home),
+        "LD_LIBRARY_PATH": ":".join(f"{root}/{place}" for place in _LIBRARIES),
+        "FONTCONFIG_PATH": f"{root}/etc/fonts" if (root / "etc/fonts").exists() else "/etc/fonts",
+    }
 
 
 class Browser:
@@ -56,19 +92,13 @@ class Browser:
 
     def __enter__(self) -> Self:
         root = self._root
-        libraries = [f"{root}/{place}" for place in _LIBRARIES]
         self._directory.mkdir(parents=True)
         port = free_port("127.0.0.1")
         self._url = f"http://127.0.0.1:{port}"
         with contextlib.ExitStack() as started, (self._directory / "driver.log").open("wb") as log:
             self._driver = subprocess.Popen(
-                [f"{root}/usr/bin/chromedriver", f"--port={port}"],
-                env={
-                    **os.environ,
-                    "HOME": str(self._directory),
-                    "LD_LIBRARY_PATH": ":".join(libraries),
-                    "FONTCONFIG_PATH": f"{root}/etc/fonts" if (root / "etc/fonts").exists() else "/etc/fonts",
-                },
+                [root / _DRIVER, f"--port={port}"],
+                env=_environment(root, self._directory),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -90,12 +120,12 @@ class Browser:
     def _capabilities(self) -> dict[str, Any]:
         arguments = [*_ARGUMENTS, f"--user-data-dir={self._directory / 'profile'}"]
         return {
-            "goog:chromeOptions": {"binary": f"{self._root}/usr/lib/chromium/chromium", "args": arguments},
+            "goog:chromeOptions": {"binary": str(self._root / _CHROMIUM), "args": arguments},
             "goog:loggingPrefs": {"browser": "ALL"},
         }
 
     def _wait_for_driver(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT_S
         while True:
             try:
                 self._ask("GET", "/status")
@@ -107,14 +137,14 @@ class Browser:
 
     def _end_driver(self) -> None:
         self._driver.terminate()
-        self._driver.wait(timeout=20)
+        self._driver.wait(timeout=LIMIT_S)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if method != "POST" else json.dumps(body or {}).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=60) as answer:
+            with opener.open(request, timeout=LIMIT_S) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{method} {path}: {error.read().decode()[:500]}") from error

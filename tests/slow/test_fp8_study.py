@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support import held_rewards
+from tests.support.runs import LIMIT_S
+
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 600
 
 
 def command(directory: Path) -> list[str]:
@@ -24,8 +27,18 @@ def command(directory: Path) -> list[str]:
         sys.executable,
         str(ROOT / "tools" / "fp8_stability.py"),
         *("--losses", "drpo", "pg", "--precisions", "bf16", "--staleness", "4", "--seeds", "0", "--no-deltas"),
-        *("--updates", "8", "--workers", "1", "--out", str(directory / "out"), "--scratch", str(directory / "scratch")),
-        *("--set", f"model.path={directory / 'model'}"),
+        *(
+            "--updates",
+            "12",
+            "--workers",
+            "1",
+            "--out",
+            str(directory / "out"),
+            "--scratch",
+            str(directory / "scratch"),
+        ),
+        *("--set", f"model.path={directory / 'model'}", held_rewards.PATIENT),
+        "reward.function=tests.support.held_rewards:odd_characters",
     ]
 
 
@@ -35,9 +48,12 @@ def records(directory: Path) -> dict[str, Any]:
 
 
 def test_a_killed_study_makes_only_what_is_missing(tmp_path: Path) -> None:
-    study = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    second = tmp_path / "scratch" / "pg-bf16-4-0"
+    metrics = second / "metrics.jsonl"
+    # The second run is held after its first step, or it could be over before it is seen.
+    held = os.environ | held_rewards.after_steps(second, 1)
+    study = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=held)
     deadline = time.monotonic() + LIMIT_S
-    metrics = tmp_path / "scratch" / "pg-bf16-4-0" / "metrics.jsonl"
     while not (records(tmp_path) and metrics.exists() and metrics.read_text().endswith("\n")):
         assert study.poll() is None and time.monotonic() < deadline, "the second run did not begin"
         time.sleep(0.05)
@@ -49,7 +65,7 @@ def test_a_killed_study_makes_only_what_is_missing(tmp_path: Path) -> None:
     # Two engines in bf16 with the same weights, though the server held those of another run before.
     assert 0 < json.loads(metrics.read_text().splitlines()[0])["mismatch/k3"] < 1e-3
     # The kernel ends the worker, its run and its server.
-    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not psutil.wait_procs(family, timeout=LIMIT_S)[1]
 
     done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
@@ -57,9 +73,9 @@ def test_a_killed_study_makes_only_what_is_missing(tmp_path: Path) -> None:
     both = records(tmp_path)
     assert both.keys() == {"runs-drpo", "runs-pg"} and both["runs-drpo"] == first["runs-drpo"]
     for run in both.values():
-        assert run["status"] == "done" and len(run["metrics"]["reward/mean"]) == 2
+        assert run["status"] == "done" and len(run["metrics"]["reward/mean"]) == 3
         assert all(0 < k3 < 1e-3 for k3 in run["metrics"]["mismatch/k3"])
-        assert run["metrics"]["staleness/max"] == [3, 3]
+        assert run["metrics"]["staleness/max"] == [3, 3, 3]
     assert not list((tmp_path / "scratch").glob("*bf16*")), "a run that is recorded leaves nothing"
     assert "2 runs in 2 cells" in (tmp_path / "out" / "fp8-stability.md").read_text()
     assert (tmp_path / "out" / "fp8-stability" / "fp8-stability.html").exists()

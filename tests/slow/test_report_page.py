@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,19 +151,27 @@ def contrast(a: str, b: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_large_runs_stay_fast(browser: Browser, tmp_path: Path) -> None:
-    """Four runs of 2,500 steps with 60 metrics: a page of a few megabytes, drawn and filtered at once."""
+def test_large_runs_stay_small(browser: Browser, tmp_path: Path) -> None:
+    """Four runs of 2,500 steps with 60 metrics: a page of a few megabytes, whose curves and lists are bounded. That is
+    what makes it quick; how quick is a matter of the machine.
+    """
     more = {f"extra/metric_{i}": i / 7 for i in range(40)}
     rows = [metrics(step, **more) for step in range(2500)]
     runs = [write_run(tmp_path / f"run{i}", rows, dumped=range(50)) for i in range(4)]
     write_report(runs, tmp_path / "page.html", samples=300)
     assert (tmp_path / "page.html").stat().st_size < 12e6
-    begun = time.monotonic()
     browser.open(tmp_path / "page.html")
-    assert time.monotonic() - begun < 20  # seconds; two of them on an idle machine
-    timed = "const begun = performance.now(); {}; return performance.now() - begun"
-    assert browser.run(timed.format("document.querySelector('#legend button').click()")) < 5000
-    assert browser.run(timed.format("showSamples()")) < 2000
+    drawn = "return [...document.querySelectorAll('.curve')].map(p => p.getAttribute('d').match(/[ML]/g).length)"
+    points = browser.run(drawn)
+    assert len(points) > 4 * 10 and 100 < max(points) <= MAX_POINTS
+    everything = "return document.querySelectorAll('*').length"
+    elements = browser.run(everything)
+    assert elements < 20_000
+    browser.click("#legend button")
+    assert len(browser.run(drawn)) == len(points) * 3 // 4
+    browser.click("#legend button")
+    browser.run("showSamples()")
+    assert len(articles(browser)) == 20 and browser.run(everything) == elements, "drawn again, not once more"
     assert str(MAX_POINTS) in browser.text("#curve-note")
     assert browser.text("#sample-note").count("296 of the 296 samples in 37 of its 50 steps") == 4
     assert browser.console() == []
