@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from drpo_megatron import platform
 from drpo_megatron.config import ConfigError
 from drpo_megatron.config.fp8_checks import machine_problems
-from drpo_megatron.doctor import FAIL, OK, SKIPPED, Finding
+from drpo_megatron.doctor import FAIL, OK, SKIPPED, Finding, apex
 from launch.preflight import count_gpus
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield nccl()
     yield gloo()
     yield transformer_engine()
+    yield from apex.examine()
     yield sglang_arguments(config)
     yield sglang()
 
