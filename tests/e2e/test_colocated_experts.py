@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import DIGITS, MOE, SMALL, command, dump, metrics, run
+from tests.support.runs import DIGITS, MOE, SMALL, dump, metrics, settings
+from tests.support.trainer import train
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
@@ -16,22 +17,21 @@ LAYERS, EXPERTS_A_TOKEN = 2, 2
 
 
 def test_colocated_mixture_of_experts(tmp_path: Path) -> None:
-    """A server on each rank's device. An evaluation is one more turn of theirs."""
+    """An evaluation is one more turn of the server's."""
     words = (
         *SMALL,
         "training.steps=3",
         "evaluation.every=2",
         f"evaluation.sets.digits={DIGITS}",
         "rollout.placement=colocated",
-        "rollout.server.count=2",
         "optimizer.overlap_param_gather=true",
         "sync.transport=shared_memory",
     )
-    outcome = run(command(tmp_path, *words, config=MOE)).done()
+    outcome = train(MOE, *settings(tmp_path), *words).done()
     assert "no memory becomes free" in outcome.output
     steps = metrics(tmp_path)
     assert [s["step"] for s in steps] == [0, 1, 2]
-    assert [s["sync/servers"] for s in steps] == [2] * 3 and steps[-1]["sync/server_restarts"] == 0
+    assert [s["sync/servers"] for s in steps] == [1] * 3 and steps[-1]["sync/server_restarts"] == 0
     assert ["evaluation/digits/avg@1" in s for s in steps] == [False, True, True]
     for step in steps:
         assert step["mismatch/router_disagreement"] == 0

@@ -4,6 +4,7 @@ schedules that the stories of `tests/e2e` do not have, and a real model.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from tests.support.runs import (
     DIGITS,
     LIMIT_S,
     MOE,
+    QUICKSTART,
     ROOT,
     SMALL,
     command,
@@ -25,13 +27,13 @@ from tests.support.runs import (
     left_over,
     metrics,
     run,
-    server_process,
     server_processes,
+    settings,
     started,
     wait_for,
     wait_for_steps,
 )
-from tests.support.trainer import read_lines
+from tests.support.trainer import read_lines, train
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
 
@@ -56,7 +58,7 @@ def test_a_stopped_server_is_explained(tmp_path: Path, stopped: str) -> None:
     with started(command(tmp_path, *words)) as process:
         wait_for_steps(process, tmp_path, 1)
         family = descendants(process.pid)
-        server = server_process(process.pid)
+        (server,) = server_processes(tmp_path)
         if stopped == "the whole group":
             os.killpg(server.pid, signal.SIGSTOP)
             victim = server.pid
@@ -124,10 +126,10 @@ def test_trainer_and_servers_take_turns(tmp_path: Path) -> None:
     )
     with started(command(tmp_path, *words), **held_rewards.after_steps(tmp_path / "run", 1)) as process:
         wait_for_steps(process, tmp_path, 1)
-        servers = server_processes(process.pid)
+        servers = server_processes(tmp_path)
         for server in servers:
             server.send_signal(signal.SIGKILL)
-        wait_for(lambda: len({*server_processes(process.pid)} - {*servers}) == 2, "two new servers")
+        wait_for(lambda: len({*server_processes(tmp_path)} - {*servers}) == 2, "two new servers")
         (tmp_path / "run" / "go").touch()
         output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
@@ -161,7 +163,7 @@ def test_one_step_ahead_of_training_one_of_two_servers_dies(tmp_path: Path) -> N
         wait_for_steps(process, tmp_path, 2)
         family = descendants(process.pid)
         assert any("router" in " ".join(p.info["cmdline"]) for p in family)
-        victim, _ = server_processes(process.pid)
+        victim, _ = server_processes(tmp_path)
         victim.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=LIMIT_S)
         alive = left_over(family)
@@ -194,6 +196,22 @@ def test_a_mixture_of_experts_beside_its_server(tmp_path: Path) -> None:
     assert said.startswith("ProbeMismatch: trainer and rollout server http://127.0.0.1:")
     assert "sync.probe_tolerance is 1e-12; no tensor differs: the engines compute differently" in said
     assert said.removeprefix("ProbeMismatch: ").strip() in stopped.output
+
+
+def test_rollouts_alone_in_fp8(tmp_path: Path) -> None:
+    """The mismatch is rounding's: in float32 it is below 1e-9, here it is above 1e-5."""
+    words = (*SMALL, "training.steps=2", "training.export=false", "fp8.rollout=true", "fp8.backend=emulate")
+    train(QUICKSTART, *settings(tmp_path), *words, "fp8.unquantized_first_layers=1").done()
+    steps = metrics(tmp_path)
+    assert len(steps) == 2
+    for step in steps:
+        assert 1e-5 < step["mismatch/k3"] < 0.1 and step["sync/verified_parameters"] == 19
+        assert 1e-2 < step["sync/probe_abs_dlogp_max"] < 5
+    layers = json.loads((tmp_path / "run" / "fp8_layers.json").read_text())
+    assert set(layers) == {"servers"}
+    parts = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
+    assert layers["servers"]["fp8"] == [f"model.layers.1.{part}.weight" for part in parts]
+    assert layers["servers"]["not"] == [f"model.layers.0.{part}.weight" for part in parts]
 
 
 def test_a_layer_that_is_not_quantized_stops_the_run(tmp_path: Path) -> None:

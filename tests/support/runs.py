@@ -17,12 +17,7 @@ from typing import Any
 
 import psutil
 
-from drpo_megatron.config import load_config
-from drpo_megatron.fp8.rollout import RolloutWeights
-from drpo_megatron.models.recipes import ensure_model
 from drpo_megatron.report.parting import MEASURED
-from drpo_megatron.rollout.fleet import fleet_of
-from drpo_megatron.rollout.server import SGLangServer
 from tests.support.trainer import Outcome, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -114,17 +109,10 @@ def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int) 
     assert process.poll() is None, process.stdout.read() if process.stdout else ""
 
 
-def server_process(launcher: int) -> psutil.Process:
-    """The rollout server among the descendants of the process that the test started."""
-    (found,) = server_processes(launcher)
-    return found
-
-
-def server_processes(launcher: int) -> list[psutil.Process]:
-    """Without their workers."""
-    family = descendants(launcher)
-    ranks = {p.pid for p in family if "drpo_megatron.training.main" in p.info["cmdline"]}
-    return [p for p in family if "drpo_megatron.platform.sglang_cpu" in p.info["cmdline"] and p.info["ppid"] in ranks]
+def server_processes(directory: Path) -> list[psutil.Process]:
+    """The rollout servers of the runs below `directory`, without their workers."""
+    found = [p for p in started_with(str(directory)) if "drpo_megatron.platform.sglang_cpu" in p.info["cmdline"]]
+    return [p for p in found if p.info["ppid"] not in {other.pid for other in found}]
 
 
 def descendants(process: int) -> list[psutil.Process]:
@@ -142,18 +130,5 @@ def left_over(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 def started_with(word: str) -> list[psutil.Process]:
     """Processes of this host with `word` in their command line, such as a directory of the test's own."""
-    return [p for p in psutil.process_iter(["cmdline"]) if any(word in part for part in p.info["cmdline"] or [])]
-
-
-@contextlib.contextmanager
-def server_of(config: Path, *overrides: str) -> Iterator[str]:
-    """The address of a server as the run of that configuration would start it."""
-    resolved = load_config(config, overrides)
-    assert resolved.model.recipe is not None
-    ensure_model(resolved.model.recipe, resolved.model.path)
-    (server,) = fleet_of(resolved).servers
-    assert isinstance(server, SGLangServer)
-    if weights := RolloutWeights.of(resolved):
-        weights.write_model(resolved)
-    with server:
-        yield server.wait_ready()
+    found = psutil.process_iter(["name", "cmdline", "ppid"])
+    return [p for p in found if any(word in part for part in p.info["cmdline"] or [])]

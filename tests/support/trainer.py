@@ -59,8 +59,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(config: Path, *words: str) -> Outcome:
-    """`drpo train CONFIG WORDS...`: overrides and options. Raises TimeoutError when a rank does not end."""
+def train(config: Path, *words: str, **environment: str) -> Outcome:
+    """`drpo train CONFIG WORDS...`: overrides and options. environment: variables of the ranks and what they start.
+
+    Raises TimeoutError when a rank does not end.
+    """
     with tempfile.TemporaryDirectory() as place:
         terminal = Path(place) / "terminal"
         terminal.touch()
@@ -68,7 +71,7 @@ def train(config: Path, *words: str) -> Outcome:
 
         def launch(config: RunConfig, layout: ParallelLayout) -> int:
             runs.append(config)
-            return _run_forked(config, layout, terminal)
+            return _run_forked(config, layout, terminal, environment)
 
         with mock.patch.object(local, "run", launch):
             ended = drpo("train", config, *words)
@@ -112,7 +115,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path) -> int:
+def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path, more: dict[str, str]) -> int:
     """What `launch.local.run` returns: 0, or 1 when a rank failed, which ends the others."""
     from torch.distributed import TCPStore
 
@@ -121,6 +124,7 @@ def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path) -> in
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **local.training_environment(config),
+        **more,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
