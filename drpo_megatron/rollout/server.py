@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -90,6 +91,8 @@ class SGLangServer:
     ) -> None:
         check_arguments(config.args, _RESERVED)
         self._config = config
+        self.launch: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+        """What starts the process. Tests fork one that has imported SGLang."""
         self._colocated = colocated
         self._emulate_fp8 = emulate_fp8
         self._index = index
@@ -159,7 +162,7 @@ class SGLangServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
-            self._process = subprocess.Popen(
+            self._process = self.launch(
                 command + self._key_file(),
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ test leaves is looked at when it gives the server back. A server that a test bro
 from __future__ import annotations
 
 import itertools
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from drpo_megatron.config.schema import RunConfig, ServerConfig, SyncConfig
 from drpo_megatron.fp8.rollout import RolloutWeights, server_model, server_settings
 from drpo_megatron.models.recipes import ensure_model
+from drpo_megatron.platform import has_cuda
 from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.errors import ServerError
 from drpo_megatron.rollout.server import SGLangServer
@@ -30,6 +32,7 @@ from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 from tests.support import tiny_models
+from tests.support.preforked import ServerForks
 from tests.support.updates import run_config
 
 LIMIT_S = 600.0
@@ -97,6 +100,9 @@ class ServerPool:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._forks = None if has_cuda() else ServerForks()
+        self.launch: Callable[..., Any] = self._forks.launch if self._forks else subprocess.Popen
+        """For `SGLangServer.launch` of servers that a test has for itself."""
         self._numbers = itertools.count()
         self._launched: dict[str, Launch] = {}
         self._ready: dict[str, PooledServer] = {}
@@ -107,6 +113,7 @@ class ServerPool:
             if kind not in self._launched:
                 directory = self._root / f"{next(self._numbers)}-{kind}"
                 self._launched[kind] = launch = KINDS[kind](directory)
+                launch.server.launch = self.launch
                 launch.server.start()
 
     def get(self, kind: str) -> PooledServer:
@@ -138,6 +145,8 @@ class ServerPool:
     ) -> None:
         for name in list(self._launched):
             self.discard(name)
+        if self._forks:
+            self._forks.close()
 
 
 class Loans:
