@@ -61,10 +61,8 @@ def initialize(
 
 def change_layout(layout: ParallelLayout, *, timeout_s: float = 600.0, seed: int = 1) -> None:
     """Replace the model-parallel groups by those of another layout of the same processes. Earlier models are void."""
-    from megatron.core import parallel_state
-
     _check_world(layout, dist.get_world_size())
-    parallel_state.destroy_model_parallel()
+    _destroy_groups()
     _build_groups(layout, timeout_s)
     _seed_everything(seed)
 
@@ -114,11 +112,21 @@ def shutdown() -> None:
     global _control
     if not dist.is_initialized():
         return
+    _destroy_groups()
+    dist.destroy_process_group()
+    _control = None
+
+
+def _destroy_groups() -> None:
+    """End Megatron-Core's groups. It forgets them, but torch does not: each would keep its threads, some sixty for a
+    layout, which wake a hundred times a second.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-    _control = None
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD and group is not _control:
+            dist.destroy_process_group(group)
 
 
 def _check_world(layout: ParallelLayout, world_size: int) -> None:
