@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks.test_train_step import DELTA, make_sequences, run_config
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import VOCAB_SIZE, write
+from tests.support.updates import DELTA, make_sequences, run_config
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,10 +21,10 @@ from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 from tests.gpu.devices import needs_devices
 from tests.ranks.test_placement import CASES, UPDATES, move_between_updates
-from tests.ranks.test_train_step import make_sequences
 from tests.support.launch import run_ranks
 from tests.support.servers import make_prompts, perturb
 from tests.support.tiny_models import VOCAB_SIZE, write
+from tests.support.updates import make_sequences
 
 pytestmark = pytest.mark.gpu
 

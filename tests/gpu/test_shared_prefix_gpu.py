@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from drpo_megatron.bench.prefix import synthetic_updates
-from tests.ranks.test_train_step import DELTA, run_config
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import VOCAB_SIZE, write
+from tests.support.updates import DELTA, run_config
 
 pytestmark = [
     pytest.mark.gpu,

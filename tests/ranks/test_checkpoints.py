@@ -4,6 +4,7 @@ is not loaded.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from drpo_megatron.checkpoint.state import with_own_storage
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
-from tests.ranks.test_train_step import make_sequences, run_config
 from tests.support import tiny_models
 from tests.support.launch import run_ranks
+from tests.support.updates import make_sequences, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -58,6 +59,13 @@ CASES = [
 ]
 
 
+FAST_CASES = [
+    Case("qwen3", {"data": 2}, ({"data": 2}, {"pipeline": 2}), (("save.asynchronous", False),)),
+    Case("qwen3", SP2, ({"data": 2},), (("model.dtype", "bfloat16"),)),
+    Case("qwen3_moe", {"data": 2}, (SP2 | {"expert": 2},)),
+]
+
+
 def configuration(root: Path, case: Case, parallel: dict[str, Any]) -> RunConfig:
     raw = run_config(root / case.family, parallel, steps=8, deterministic=False).model_dump()
     raw["name"], raw["tracking"]["directory"] = case.name, root
@@ -79,8 +87,7 @@ def enter(config: RunConfig, first: bool) -> Any:
     from drpo_megatron.platform import distributed
 
     if first:
-        distributed.initialize(config.layout, timeout_s=120, seed=0)
-        logging.getLogger("drpo_megatron.checkpoint.saver").addHandler(_Listener())
+        distributed.initialize(config.layout, seed=0)
     else:
         distributed.change_layout(config.layout, seed=0)
     from drpo_megatron.training.step import Policy
@@ -105,6 +112,27 @@ def updates(policy: Any, numbers: range) -> dict[str, Any]:
     }
 
 
+def leaving_nothing(function: Any) -> Any:
+    """For functions of `enter`: what it has joined and heard is not left to the next function of these ranks."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        from drpo_megatron.platform import distributed
+
+        log, listener = logging.getLogger("drpo_megatron.checkpoint.saver"), _Listener()
+        LOGGED.clear()
+        log.addHandler(listener)
+        try:
+            answer = function(*args)
+        finally:
+            log.removeHandler(listener)
+        distributed.shutdown()
+        return answer
+
+    return call
+
+
+@leaving_nothing
 def save_and_go_on(root: Path, cases: list[Case]) -> list[dict[str, Any]]:
     """Two updates, a checkpoint, and two more while it is written."""
     import torch.distributed as dist
@@ -127,6 +155,7 @@ def save_and_go_on(root: Path, cases: list[Case]) -> list[dict[str, Any]]:
     return outcomes
 
 
+@leaving_nothing
 def resume_and_go_on(root: Path, wanted: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
     from drpo_megatron.checkpoint.saver import Saver
 
@@ -140,23 +169,15 @@ def resume_and_go_on(root: Path, wanted: list[tuple[Case, dict[str, Any]]]) -> l
     return outcomes
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoints")
-    for family in {case.family for case in CASES}:
-        tiny_models.write(family, path / family)
-    return path
+def write_models(root: Path, cases: list[Case]) -> None:
+    for family in {case.family for case in cases}:
+        tiny_models.write(family, root / family)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(root: Path) -> list[dict[str, Any]]:
-    return run_ranks(2, save_and_go_on, root, CASES)[0]
-
-
-def test_goes_on_as_if_never_stopped(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    wanted = [(case, parallel) for case in CASES for parallel in case.resumed]
+def check_resumed(root: Path, cases: list[Case], uninterrupted: list[dict[str, Any]]) -> None:
+    wanted = [(case, parallel) for case in cases for parallel in case.resumed]
     outcomes = run_ranks(2, resume_and_go_on, root, wanted)[0]
-    expected = {case.name: outcome for case, outcome in zip(CASES, uninterrupted, strict=True)}
+    expected = {case.name: outcome for case, outcome in zip(cases, uninterrupted, strict=True)}
     for (case, parallel), outcome in zip(wanted, outcomes, strict=True):
         of_case, what = expected[case.name], f"{case.name} in {parallel}"
         assert outcome["lr"] == of_case["lr"], what
@@ -174,8 +195,24 @@ def test_goes_on_as_if_never_stopped(root: Path, uninterrupted: list[dict[str, A
             )
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints")
+    write_models(path, FAST_CASES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, save_and_go_on, root, FAST_CASES)[0]
+
+
+def test_goes_on_as_if_never_stopped(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    check_resumed(root, FAST_CASES, uninterrupted)
+
+
 def test_the_files_beside_the_weights_are_carried(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    case = CASES[0]
+    case = FAST_CASES[0]
     checkpoint = root / case.name / "checkpoints" / "step_000002"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         source = root / case.family / name
@@ -186,6 +223,7 @@ def test_the_files_beside_the_weights_are_carried(root: Path, uninterrupted: lis
     assert read.layout["data"] == 2 and read.versions["megatron-core"]
 
 
+@leaving_nothing
 def resume_only(root: Path, case: Case, parallel: dict[str, Any]) -> tuple[int | str, list[str]]:
     """The step that was loaded, or why none was, and what was logged."""
     from drpo_megatron.checkpoint.saver import Saver
@@ -201,7 +239,7 @@ def resume_only(root: Path, case: Case, parallel: dict[str, Any]) -> tuple[int |
 
 def test_a_damaged_checkpoint_is_never_loaded(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
     """The one before is taken, with a message; without one, the run does not start anew by itself."""
-    case = CASES[0]
+    case = FAST_CASES[0]
     damaged = root / "damaged"
     shutil.copytree(root / case.name, damaged / case.name)
     shutil.copytree(root / case.family, damaged / case.family)
@@ -231,7 +269,7 @@ def test_a_damaged_checkpoint_is_never_loaded(root: Path, uninterrupted: list[di
 
 
 def test_another_kind_of_optimizer_is_refused(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    case = CASES[0]
+    case = FAST_CASES[0]
     other = Case(case.family, case.saved, (), (*case.overrides, ("optimizer.distributed", False)))
     shutil.copytree(root / case.name, root / other.name)
     refused, _ = run_ranks(2, resume_only, root, other, case.saved)[0]
@@ -246,8 +284,8 @@ def test_an_optimizer_that_cannot_move_is_refused(root: Path) -> None:
     assert "number of optimizers" in str(refused) and "set it as it was" in str(refused)
 
 
-def test_conversion_of_what_a_run_saved(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    for number, (case, outcome) in enumerate(zip(CASES, uninterrupted, strict=True)):
+def check_converted(root: Path, cases: list[Case], uninterrupted: list[dict[str, Any]]) -> None:
+    for number, (case, outcome) in enumerate(zip(cases, uninterrupted, strict=True)):
         out = root / f"converted-{number}"
         checkpoint_to_hf(root / case.name / "checkpoints" / "step_000002", out, max_shard_bytes=2**30)
         converted = load_file(out / "model.safetensors")
@@ -256,6 +294,11 @@ def test_conversion_of_what_a_run_saved(root: Path, uninterrupted: list[dict[str
             assert converted[name].dtype == tensor.dtype and torch.equal(converted[name], tensor), (case.name, name)
 
 
+def test_conversion_of_what_a_run_saved(root: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    check_converted(root, FAST_CASES, uninterrupted)
+
+
+@leaving_nothing
 def resume_weights(root: Path, case: Case, parallel: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
     from drpo_megatron.checkpoint.saver import Saver
 
@@ -283,6 +326,7 @@ def test_a_run_goes_on_from_a_converted_directory(root: Path) -> None:
     assert moved == 0
 
 
+@leaving_nothing
 def fill_the_disk(root: Path, case: Case) -> str:
     import resource
 
@@ -291,14 +335,16 @@ def fill_the_disk(root: Path, case: Case) -> str:
     config = configuration(root, case, case.saved)
     policy = enter(config, first=True)
     updates(policy, range(1))
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: a write fails in the middle of a file
     saver = Saver(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: a write fails in the middle of a file
     try:
         saver.save(policy, 1, 1, None, {})
         saver.finish()
     except CheckpointError as error:
         return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     return ""
 
 

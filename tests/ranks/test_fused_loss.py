@@ -271,13 +271,13 @@ def test_sharded_fused_loss_equals_unsharded() -> None:
 def train_once(model_path: str, parallels: list[dict[str, Any]], cases: list[dict[str, Any]]) -> list[list[Any]]:
     """[layout][case]: tail bound, gradient norm and exported weights after one update through the whole trainer."""
     from drpo_megatron.platform import distributed
-    from tests.ranks.test_train_step import make_sequences, run_config
+    from tests.support.updates import make_sequences, run_config
 
     results: list[list[Any]] = []
     for index, parallel in enumerate(parallels):
         layout = run_config(Path(model_path), parallel).layout
         change = distributed.initialize if index == 0 else distributed.change_layout
-        change(layout, timeout_s=60, seed=0)
+        change(layout, seed=0)
         from drpo_megatron.training.step import Policy
         from drpo_megatron.weights.exporter import iter_hf_tensors
 

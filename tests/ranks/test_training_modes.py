@@ -73,7 +73,7 @@ def on_one_rank(root: Path, updates: dict[str, Updates]) -> Any:
     from drpo_megatron.platform import distributed
     from drpo_megatron.platform.layout import ParallelLayout
 
-    distributed.initialize(ParallelLayout(), timeout_s=60, seed=0)
+    distributed.initialize(ParallelLayout(), seed=0)
     counted = {key: calls(root, case, updates[case.model]) for key, case in RECOMPUTE.items()}
     precision = {sharded: main_weights(root, case, updates[case.model]) for sharded, case in BF16.items()}
     distributed.shutdown()

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -80,7 +81,11 @@ def check_logits_function(groups: Groups, block: int) -> None:
     """Values, gradient of both outputs on every shard, one collective forward and none backward, one saved tensor."""
     from drpo_megatron.vocab_parallel import logprob
 
-    logprob.BLOCK_ELEMENTS = block
+    with mock.patch.object(logprob, "BLOCK_ELEMENTS", block):
+        _check_logits_function(groups, logprob.vocab_parallel_logprob_entropy)
+
+
+def _check_logits_function(groups: Groups, logprob_entropy: Callable[..., tuple[Tensor, Tensor]]) -> None:
     grads_of: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "logp": lambda logp, entropy: (logp * torch.linspace(-1, 2, T, dtype=logp.dtype)).sum(),
         "entropy": lambda logp, entropy: (entropy * torch.linspace(2, -1, T, dtype=logp.dtype)).sum(),
@@ -100,7 +105,7 @@ def check_logits_function(groups: Groups, block: int) -> None:
                     local = shard(logits, group, dim=1).clone().requires_grad_()
                     saved: list[Tensor] = []
                     with saved_into(saved), Collectives() as forward:
-                        actual = logprob.vocab_parallel_logprob_entropy(
+                        actual = logprob_entropy(
                             local, targets, group=group, vocab_size=vocab_size, temperature=TEMPERATURE
                         )
                     wide = [t for t in saved if t.dim() == 2]

@@ -14,14 +14,14 @@ from drpo_megatron.config.schema import RunConfig  # noqa: E402
 from drpo_megatron.platform import distributed  # noqa: E402
 from drpo_megatron.platform.ports import free_port  # noqa: E402
 from drpo_megatron.training.step import Policy  # noqa: E402
-from tests.ranks.test_train_step import make_sequences  # noqa: E402
+from tests.support.updates import make_sequences  # noqa: E402
 
 
 def train(config: RunConfig, asynchronous: bool, tell: Connection) -> None:
     """Go on from the newest checkpoint; one update a step, a checkpoint after each. Tells (what, step) until killed."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(rank, MASTER_PORT=str(free_port("127.0.0.1")))
-    distributed.initialize(config.layout, timeout_s=60, seed=0)
+    distributed.initialize(config.layout, seed=0)
     policy = Policy(config)
     saver = Saver(config.model_copy(update={"save": config.save.model_copy(update={"asynchronous": asynchronous})}))
     resumed = saver.resume(policy)

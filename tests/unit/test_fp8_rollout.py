@@ -26,8 +26,8 @@ from drpo_megatron.rollout.errors import ServerError
 from drpo_megatron.sync.verify import ExpectedChecksums, ServerLayout, SyncMismatch
 from drpo_megatron.weights.families import weight_table
 from drpo_megatron.weights.hf_io import SafetensorsReader
-from tests.ranks.test_train_step import run_config
 from tests.support import tiny_models
+from tests.support.updates import run_config
 
 # e4m3: four bits of exponent with bias 7, three of mantissa, and no infinity.
 E4M3 = np.array(

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from drpo_megatron.config.schema import RunConfig
-from tests.ranks.test_train_step import run_config
 from tests.support import tiny_models
+from tests.support.updates import run_config
 
 pytestmark = pytest.mark.distributed
 

@@ -37,15 +37,13 @@ def recipe(name: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def local() -> dict[str, large_models.Report]:
-    return run_ranks(1, large_models.build, list(PUBLISHED), "local", None)[0]
+    return run_ranks(1, large_models.build, list(PUBLISHED), "local", None, fresh=True)[0]
 
 
 @pytest.fixture(scope="module")
 def transformer_engine() -> dict[str, large_models.Report]:
-    with te_install.directory() as path:
-        return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=480, spawn=True)[
-            0
-        ]
+    path = te_install.directory()
+    return run_ranks(1, large_models.build, list(PUBLISHED), "transformer_engine", path, timeout_s=3600, spawn=True)[0]
 
 
 def _is_the_model(name: str, report: large_models.Report) -> None:
@@ -88,8 +86,8 @@ def test_every_family_fits_transformer_engine_layers() -> None:
     """Names and shapes of tiny models, latent attention with and without a latent of the queries."""
     tiny = {family: [{}, {"q_lora_rank": None}] if known.mla else [{}] for family, known in FAMILIES.items()}
     layout = ParallelLayout(tensor=2, sequence_parallel=True)
-    with te_install.directory() as path:
-        reports = run_ranks(1, large_models.build_tiny, tiny, layout, "transformer_engine", path, spawn=True)[0]
+    path = te_install.directory()
+    reports = run_ranks(1, large_models.build_tiny, tiny, layout, "transformer_engine", path, spawn=True)[0]
     assert len(reports) > len(FAMILIES)
     for report in reports:
         assert report.elements == report.reference_elements > 10_000
@@ -118,7 +116,7 @@ def _allocated(family: str, path: str) -> dict[str, Any]:
     from drpo_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
     layout = ParallelLayout(data=2)
-    initialize(layout, timeout_s=60)
+    initialize(layout)
     hf = HFModelConfig.load(path)
     chunks = build_model(hf, layout, params_dtype=torch.bfloat16, spec_backend="local")
     predicted = model_state_memory(chunks, layout)

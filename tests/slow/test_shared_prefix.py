@@ -11,9 +11,11 @@ import torch
 
 from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.training.packing import TrainSequence
-from tests.ranks.test_train_step import DELTA, LR, reference_update, run_config
+from tests.support import references
 from tests.support.launch import run_ranks
+from tests.support.pool import LIMIT_S
 from tests.support.tiny_models import VOCAB_SIZE, write
+from tests.support.updates import DELTA, LR, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -95,7 +97,7 @@ def updates_on_ranks(directory: str, sequences: list[TrainSequence]) -> list[lis
             base["training"]["shared_prefix"] = mode
             config = RunConfig.model_validate(base)
             change = distributed.initialize if (index, mode) == (0, "never") else distributed.change_layout
-            change(config.layout, timeout_s=60, seed=0)
+            change(config.layout, timeout_s=LIMIT_S, seed=0)
             from drpo_megatron.training.step import Policy
             from drpo_megatron.weights.exporter import iter_hf_tensors
 
@@ -132,8 +134,8 @@ def test_update_with_shared_prefixes_equals_the_plain_one(tmp_path: Path) -> Non
     sequences = grouped_sequences()
     for family in {family for family, _, _ in CASES}:
         write(family, tmp_path / family)
-    reports = run_ranks(2, updates_on_ranks, str(tmp_path), sequences, timeout_s=500)
-    references = {family: reference_update(tmp_path / family, sequences) for family in ("llama", "qwen2", "qwen3")}
+    reports = run_ranks(2, updates_on_ranks, str(tmp_path), sequences)
+    expected_of = {family: references.train(tmp_path / family, [sequences]) for family in ("llama", "qwen2", "qwen3")}
     for rank, of_rank in enumerate(reports):
         for (family, parallel, settings), (plain, shared) in zip(CASES, of_rank, strict=True):
             case = (rank, family, parallel, settings)
@@ -148,10 +150,10 @@ def test_update_with_shared_prefixes_equals_the_plain_one(tmp_path: Path) -> Non
                 assert difference < TOLERANCE * plain["grad_norm"], (*case, name)
             for name, weight in plain["after"].items():
                 assert np.abs(shared["after"][name] - weight).max() < TOLERANCE, (*case, name)
-            if rank == 0 and family in references and "loss" not in settings:
-                expected = references[family]
-                assert shared["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE), case
-                assert shared["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), case
-                for name, weight in expected["weights"].items():
+            if rank == 0 and family in expected_of and "loss" not in settings:
+                expected = expected_of[family]
+                assert shared["loss"] == pytest.approx(expected.losses[0], abs=TOLERANCE), case
+                assert shared["grad_norm"] == pytest.approx(expected.grad_norms[0], rel=1e-4), case
+                for name, weight in expected.weights.items():
                     difference = (torch.from_numpy(shared["after"][name]) - weight).abs().max()
                     assert float(difference) < 1e-3 * LR, (*case, name)
