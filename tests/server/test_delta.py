@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
+from drpo_megatron.platform.ports import free_port
 from drpo_megatron.records import RolloutGroup
 from drpo_megatron.rollout.driver import RolloutDriver
 from drpo_megatron.rollout.errors import ServerRequestError
@@ -24,7 +25,8 @@ from drpo_megatron.sync.delta_loader import load
 from drpo_megatron.sync.push import SyncReport, WeightSync
 from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
 from tests.support import tiny_models
-from tests.support.servers import OneServer, largest_logprob_error, make_prompts, nudge
+from tests.support.server_pool import Loans, ServerPool
+from tests.support.servers import LIMIT_S, OneServer, largest_logprob_error, make_prompts, nudge
 
 pytestmark = pytest.mark.server
 
@@ -35,17 +37,25 @@ SMALL = 0.1  # of the whole, where one element in a hundred changed
 
 @dataclass
 class Setup:
-    server: SGLangServer
+    """A server with its first weights, and a trainer that pushes deltas to it. weights: is connected."""
+
+    url: str
     driver: RolloutDriver
-    weights: WeightSync
     model: PreTrainedModel
     path: Path
+    layout: ServerLayout
+    directory: Path
     version: int = 0
     last: list[RolloutGroup] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.weights = self.sync()
+
     def sync(self, **settings: Any) -> WeightSync:
-        config = SyncConfig(transport="delta", bucket_mb=0.05, timeout_s=120).model_copy(update=settings)
-        return WeightSync(config, ServerLayout.from_config(self.path, 1, torch.float32), self.path, self.path / "sync")
+        config = SyncConfig(transport="delta", bucket_mb=0.05, timeout_s=LIMIT_S, directory=self.directory)
+        weights = WeightSync(config.model_copy(update=settings), self.layout, self.path, self.directory)
+        weights.connect([self.url])
+        return weights
 
     def push(self, weights: WeightSync | None = None) -> SyncReport:
         """Changed weights, verified, and the server's log-probs compared with those of transformers."""
@@ -67,24 +77,18 @@ class Setup:
         return share
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    path = tmp_path_factory.mktemp("qwen3")
-    model = tiny_models.write("qwen3", path)
-    with SGLangServer(ServerConfig(), path, "float32", 0, path / "probe.log") as probe:
-        port = int(probe.url.rsplit(":", 1)[1])
-    # a restart keeps the address, and with it the trainer's connection and base
-    config = with_delta_loader(ServerConfig(start_timeout_s=300, port=port))
-    rollout = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=SAMPLING, server=config)
-    server = SGLangServer(config, path, "float32", 0, path / "server.log")
-    with server:
-        server.wait_ready()
-        driver = RolloutDriver(rollout, OneServer(server), AutoTokenizer.from_pretrained(path))
-        setup = Setup(server, driver, None, model, path)  # type: ignore[arg-type]
-        setup.weights = setup.sync()
-        setup.weights.connect([server.url])
-        yield setup
-        setup.weights.close(servers_alive=False)
+def driver_of(server: SGLangServer, path: Path) -> RolloutDriver:
+    config = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=SAMPLING)
+    return RolloutDriver(config, OneServer(server), AutoTokenizer.from_pretrained(path))
+
+
+@pytest.fixture
+def setup(borrow: Loans, tmp_path: Path) -> Iterator[Setup]:
+    pooled = borrow("plain")
+    driver = driver_of(pooled.server, pooled.model)
+    made = Setup(pooled.url, driver, pooled.reference(), pooled.model, pooled.layout, tmp_path / "sync")
+    yield made
+    made.weights.close()
 
 
 @pytest.fixture(autouse=True)
@@ -106,17 +110,17 @@ def test_whole_weights_and_then_deltas(setup: Setup, caplog: pytest.LogCaptureFi
 
 def test_another_transport_in_between_changes_nothing(setup: Setup) -> None:
     """It leaves the base alone, and a delta push loads all tensors."""
+    setup.push()
     for transport in ("disk", "shared_memory"):
         other = setup.sync(transport=transport)
-        other.connect([setup.server.url])
         assert setup.push(other).delta_share is None
         other.close()
         assert setup.share() < SMALL
 
 
 def test_another_trainer_in_between(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    setup.push()
     other = setup.sync()
-    other.connect([setup.server.url])
     assert setup.share(other) >= 1 and setup.share(other) < SMALL
     caplog.clear()
     assert setup.share() >= 1
@@ -135,19 +139,20 @@ def test_after_a_push_that_failed(setup: Setup, caplog: pytest.LogCaptureFixture
     nudge(setup.model, 90)
     with pytest.raises(ServerRequestError, match="broken off"):
         setup.weights.push(stream(12), 99)
-    setup.weights.connect([setup.server.url])
+    setup.weights.connect([setup.url])
     caplog.clear()
     assert setup.share() >= 1 and setup.share() < SMALL
     assert "no earlier push" in caplog.text
     nudge(setup.model, 91)
     with pytest.raises(SyncMismatch):
         setup.weights.push([i for i in setup.model.state_dict().items() if i[0] != "model.norm.weight"], 99)
-    setup.weights.connect([setup.server.url])
+    setup.weights.connect([setup.url])
     assert setup.share() >= 1 and setup.share() < SMALL
 
 
 def test_a_damaged_delta_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the checksum of the bytes, before the server's weights could show it; the server lives on."""
+    setup.push()
 
     def damage(*arguments: Any) -> Any:
         encoded = encode(*arguments)
@@ -161,26 +166,37 @@ def test_a_damaged_delta_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ServerRequestError, match=r"did not take a weight bucket: DamagedDelta"):
         setup.weights.push(setup.model.state_dict().items(), 99)
     monkeypatch.undo()
-    setup.weights.connect([setup.server.url])
+    setup.weights.connect([setup.url])
     assert setup.share() >= 1 and setup.share() < SMALL
 
 
-def test_after_a_restart(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
-    url = setup.server.url
-    setup.server.stop()
-    setup.server.start()
-    assert setup.server.wait_ready() == url
-    setup.weights.connect([url])
-    assert setup.share() >= 1
-    assert "a server restarted" in caplog.text
-    assert setup.share() < SMALL
-    setup.weights.close()
-    assert not list((setup.path / "sync").iterdir())
+def test_after_a_restart(servers: ServerPool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It keeps the address, and with it the trainer's connection and base. A server of this test's own."""
+    path = tmp_path / "model"
+    model = tiny_models.write("qwen3", path)
+    config = with_delta_loader(ServerConfig(start_timeout_s=LIMIT_S, port=free_port("127.0.0.1")))
+    server = SGLangServer(config, path, "float32", 0, tmp_path / "server.log")
+    server.launch = servers.launch
+    with server:
+        url = server.wait_ready()
+        pid = server.pid
+        layout = ServerLayout.from_config(path, 1, torch.float32)
+        setup = Setup(url, driver_of(server, path), model, path, layout, tmp_path / "sync")
+        assert setup.share() >= 1 and setup.share() < SMALL
+        server.stop()
+        server.start()
+        assert server.wait_ready() == url and server.pid != pid
+        setup.weights.connect([url])
+        caplog.clear()
+        assert setup.share() >= 1
+        assert "a server restarted" in caplog.text
+        assert setup.share() < SMALL
+        setup.weights.close()
+    assert not list((tmp_path / "sync").iterdir())
 
 
 def test_a_server_without_the_loader_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta, "DELTA_LOADER", "another.loader")
-    weights = setup.sync()
     with pytest.raises(ServerRequestError, match=r"--custom-weight-loader another\.loader"):
-        weights.connect([setup.server.url])
+        setup.sync()
     assert f"{load.__module__}.{load.__name__}" == DELTA_LOADER

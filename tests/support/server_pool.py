@@ -33,11 +33,10 @@ from drpo_megatron.sync.push import WeightSync
 from drpo_megatron.sync.verify import ServerLayout
 from tests.support import tiny_models
 from tests.support.preforked import ServerForks
+from tests.support.servers import LIMIT_S
 from tests.support.updates import run_config
 
-LIMIT_S = 600.0
-"""For a start, a push or an answer on a machine that is busy with other things."""
-_IDLE_S = 120.0  # for requests that were aborted and end by themselves
+IDLE_S = 120.0  # for requests that were aborted and end by themselves
 
 # Sizes of a model whose tensors are whole FP8 blocks.
 WHOLE_BLOCKS = {
@@ -122,7 +121,7 @@ class ServerPool:
         launch = self._launched[kind]
         if kind not in self._ready:
             try:
-                self._ready[kind] = _ready(kind, launch)
+                self._ready[kind] = ready(kind, launch)
             except BaseException:
                 self.discard(kind)
                 raise
@@ -182,18 +181,24 @@ def restore(pooled: PooledServer) -> None:
     admin = ServerAdmin(pooled.url)
     ended = pooled.server.ended()
     assert ended is None and pooled.server.pid == pooled.pid, f"it {ended or 'was restarted'}"
-    # A server that is paused, or that lacks memory, does not answer.
-    admin.score([3, 4, 5], routed_experts=False, timeout_s=_IDLE_S)
-    deadline = time.monotonic() + _IDLE_S
-    while (load := admin.load(LIMIT_S)) != (0, 0):
-        assert time.monotonic() < deadline, f"{load[0]} requests run in it and {load[1]} wait"
-        time.sleep(0.05)
+    wait_until_idle(admin)
     if admin.weight_checksums(LIMIT_S) != pooled.checksums:
         _push_first_weights(pooled)
         assert admin.weight_checksums(LIMIT_S) == pooled.checksums, "it does not take its first weights back"
     admin.set_weight_version(0, LIMIT_S)
     flushed = requests.post(f"{pooled.url}/flush_cache", timeout=LIMIT_S)
     assert flushed.status_code == 200, f"its cache is in use: {flushed.text}"
+
+
+def wait_until_idle(admin: ServerAdmin) -> None:
+    """Prove that the server generates, and wait until nothing runs or waits in it. One that is paused, or that lacks
+    memory, does not answer.
+    """
+    admin.score([3, 4, 5], routed_experts=False, timeout_s=IDLE_S)
+    deadline = time.monotonic() + IDLE_S
+    while (load := admin.load(LIMIT_S)) != (0, 0):
+        assert time.monotonic() < deadline, f"{load[0]} requests run in it and {load[1]} wait"
+        time.sleep(0.05)
 
 
 def first_weights(model: Path, config: RunConfig | None) -> Iterable[tuple[str, torch.Tensor]]:
@@ -214,7 +219,8 @@ def _push_first_weights(pooled: PooledServer) -> None:
         weights.close()
 
 
-def _ready(kind: str, launch: Launch) -> PooledServer:
+def ready(kind: str, launch: Launch) -> PooledServer:
+    """Wait until it generates, with its first weights."""
     url = launch.server.wait_ready()
     assert launch.server.pid is not None
     directory = launch.model.parent
@@ -247,7 +253,9 @@ def _deterministic(directory: Path) -> Launch:
     return _launch(directory, ensure_model("tiny_qwen3", directory / "model"), deterministic=True)
 
 
-def _fp8(directory: Path, dtype: str, backend: str, first: int, **sizes: Any) -> Launch:
+def fp8_launch(
+    directory: Path, dtype: str, backend: str, first: int, devices: list[int] | None = None, **sizes: Any
+) -> Launch:
     """In FP8 from layer `first` on."""
     path = directory / "model"
     tiny_models.write("qwen3", path, dtype=getattr(torch, dtype), **sizes)
@@ -255,7 +263,7 @@ def _fp8(directory: Path, dtype: str, backend: str, first: int, **sizes: Any) ->
     raw["model"]["dtype"] = dtype
     raw["tracking"]["directory"] = directory / "runs"
     raw["fp8"] |= {"rollout": True, "backend": backend, "unquantized_first_layers": first}
-    raw["rollout"]["server"]["start_timeout_s"] = LIMIT_S
+    raw["rollout"]["server"] |= {"start_timeout_s": LIMIT_S, "devices": devices}
     config = RunConfig.model_validate(raw)
     weights = RolloutWeights.of(config)
     assert weights
@@ -269,13 +277,13 @@ def _fp8(directory: Path, dtype: str, backend: str, first: int, **sizes: Any) ->
 def _fp8_emulated(directory: Path) -> Launch:
     """Twelve layers, of which the last two are in FP8; no size is a multiple of 128."""
     sizes = {"num_hidden_layers": 12, "hidden_size": 160, "intermediate_size": 288, "initializer_range": 0.08}
-    return _fp8(directory, "float32", "emulate", 10, **sizes)
+    return fp8_launch(directory, "float32", "emulate", 10, **sizes)
 
 
 def _fp8_stored(directory: Path) -> Launch:
     """FP8 parameters and scales in SGLang's own layers, whose products are emulated; the first layer is bfloat16."""
     sizes = WHOLE_BLOCKS | {"num_hidden_layers": 3, "initializer_range": 0.05}
-    return _fp8(directory, "bfloat16", "transformer_engine", 1, **sizes)
+    return fp8_launch(directory, "bfloat16", "transformer_engine", 1, **sizes)
 
 
 KINDS: dict[str, Callable[[Path], Launch]] = {

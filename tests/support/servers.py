@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from drpo_megatron.records import Prompt, RolloutGroup
+from drpo_megatron.rollout.admin import ServerAdmin
 from drpo_megatron.rollout.server import SGLangServer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tests.support.server_pool import PooledServer
+
+LIMIT_S = 600.0
+"""For a start, a push or an answer on a machine that is busy with other things."""
 
 
 @dataclass
@@ -90,3 +100,49 @@ def wait_until_gone(process_group: int, timeout_s: float) -> list[int]:
     while (left := members(process_group)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Of this process and a server over many pushes: open files, bytes in memory, and bytes that were pushed."""
+
+    files: int
+    memory: int
+    pushed: int
+
+
+def many_pushes(pooled: PooledServer, model: PreTrainedModel, transport: str, count: int) -> Growth:
+    """Push `count` times, of which a tenth are not looked at. No file may stay open."""
+    weights = pooled.sync(transport=transport, bucket_mb=64.0, verify_every=0)
+    tensors = list(model.state_dict().items())
+    pids = [os.getpid(), *members(pooled.pid)]
+
+    def held() -> tuple[int, int]:
+        files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        files += sum(len(list(Path("/dev/shm").glob(f"torch_{pid}_*"))) for pid in pids)
+        resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return files, resident * os.sysconf("SC_PAGE_SIZE")
+
+    warm = max(5, count // 10)
+    for _ in range(warm):
+        weights.push(tensors, 4)
+    files, memory = held()
+    for _ in range(count - warm):
+        weights.push(tensors, 4)
+    more_files, more_memory = held()
+    weights.close()
+    grown = Growth(
+        more_files - files, more_memory - memory, (count - warm) * sum(tensor.nbytes for _, tensor in tensors)
+    )
+    print(f"{transport}: {count} pushes, {grown.files} more files, {grown.memory / 1e6:.1f} MB more")
+    assert grown.files <= 4
+    return grown
+
+
+def when_it_generates(url: str, act: Callable[[], None], api_key: str | None = None) -> None:
+    """Wait until the server runs a request, and act. For a thread beside the one that asks."""
+    admin, deadline = ServerAdmin(url, api_key), time.monotonic() + LIMIT_S
+    while admin.load(LIMIT_S)[0] == 0:
+        assert time.monotonic() < deadline, "no request came"
+        time.sleep(0.02)
+    act()
