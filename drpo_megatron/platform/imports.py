@@ -11,6 +11,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -55,18 +56,31 @@ class CutImports:
         sys.meta_path.insert(0, self)
 
 
+_compiler_is_kept = False
+
+
+def keep_the_compiler() -> None:
+    """For a process whose user wants what it computes compiled. Call it before the libraries are imported."""
+    global _compiler_is_kept
+    _compiler_is_kept = True
+
+
 def compile_nothing() -> None:
     """`torch.compile`, and what tells it apart, returns the function it is given: where all tensors are on the CPU.
 
     As decorators they import the compiler, 3.5 s of CPU time, though the function may never run; and one that runs
     needs a C++ compiler, which the machine need not have.
     """
+    if _compiler_is_kept:
+        return
     import torch
 
-    def as_it_is(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
-        return function if function is not None else lambda decorated: decorated
+    torch.compile = torch.compiler.disable = torch.compiler.allow_in_graph = _as_it_is
+    torch.compiler.assume_constant_result = _as_it_is
 
-    torch.compile = torch.compiler.disable = torch.compiler.allow_in_graph = as_it_is
+
+def _as_it_is(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
+    return function if function is not None else lambda decorated: decorated
 
 
 @contextlib.contextmanager
@@ -131,6 +145,29 @@ def _distributions_as_asked() -> Iterator[None]:
         importlib.metadata.packages_distributions = real
 
 
+@contextlib.contextmanager
+def _model_files_read_once() -> Iterator[None]:
+    """transformers reads all files of its models for their names in one module, and again in another."""
+    from transformers.utils import import_utils
+
+    read = import_utils.create_import_structure_from_path
+    # It remembers what it read, by the name of the folder there and by that of a file in it here.
+    import_utils.create_import_structure_from_path = lambda path: read(Path(path).parent)
+    try:
+        yield
+    finally:
+        import_utils.create_import_structure_from_path = read
+
+
+def no_compiler() -> AbstractContextManager[None]:
+    """For decorators of torch's compiler itself."""
+    if _compiler_is_kept:
+        return contextlib.nullcontext()
+    stand_in = ModuleType("torch._dynamo")
+    stand_in.__dict__.update(allow_in_graph=_as_it_is, assume_constant_result=_as_it_is, disable=_as_it_is)
+    return _instead({"torch._dynamo": stand_in})
+
+
 _WITHOUT_CUDA: Cuts = {
     "megatron.core": contextlib.nullcontext,
     # Timers that could write to these, and are not used.
@@ -138,6 +175,10 @@ _WITHOUT_CUDA: Cuts = {
     "transformers.utils.import_utils": _distributions_as_asked,
     # torch's compiler, for masks of models that transformers computes.
     "transformers.masking_utils": late("torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"),
+    "transformers.integrations.deepgemm": no_compiler,
+    "transformers.integrations.finegrained_fp8": no_compiler,
+    "torchvision.ops.roi_align": late("torch._dynamo.utils", "is_compile_supported"),
+    "transformers.models": _model_files_read_once,
     # For losses of object detection.
     "transformers.loss.loss_utils": late("scipy.optimize", "linear_sum_assignment"),
 }

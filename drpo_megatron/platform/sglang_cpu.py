@@ -7,14 +7,16 @@ and in time, where spawned processes import everything again (forking is not pos
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from drpo_megatron.platform.process import keep_freed_memory
+from drpo_megatron.platform.sglang_cpu_imports import cut_imports, register_model
 
 EMULATE_FP8 = "DRPO_EMULATE_FP8"
 """Environment variable with which the server computes FP8 models: see `platform.sglang_cpu_fp8`."""
@@ -114,14 +116,15 @@ def murmur_hash32(seeds_N: Any, positions_N: Any, columns_V: Any) -> Any:
     return hash_NV ^ hash_NV >> 16
 
 
-def fork_workers() -> None:
-    """Import what SGLang's workers import, then make it fork them instead of spawning them."""
+def fork_workers(model_path: str) -> None:
+    """Import what SGLang's workers import to serve this model, then make it fork them instead of spawning them."""
     import multiprocessing
 
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
-    import sglang.srt.models.registry  # noqa: F401
+    import sglang.srt.model_executor.model_runner  # noqa: F401
 
+    register_model(model_path)
     set_start_method = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force=True)
 
@@ -141,25 +144,37 @@ def sleep_while_paused() -> None:
     Scheduler._record_scheduler_state_for_paused_engine = record_and_wait
 
 
-def main() -> None:
-    keep_freed_memory()
+def prepare(command_line: Sequence[str]) -> Any:
+    """Import all that the server and its workers need for what the command line says; returns SGLang's arguments."""
+    cut_imports(command_line)
     install_stand_ins()
-    from sglang.launch_server import run_server
+    import sglang.launch_server  # noqa: F401
     from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
 
     from drpo_megatron.platform import sglang_cpu_attention
 
     sglang_cpu_attention.install()
-    if "--enable-deterministic-inference" in sys.argv:
+    if "--enable-deterministic-inference" in command_line:
         allow_deterministic_inference()
     if EMULATE_FP8 in os.environ:
         from drpo_megatron.platform import sglang_cpu_fp8
 
         sglang_cpu_fp8.install()
-    arguments = prepare_server_args(sys.argv[1:])
-    fork_workers()
+    arguments = prepare_server_args(list(command_line))
+    fork_workers(arguments.model_path)
     sleep_while_paused()
+    return arguments
+
+
+def main() -> None:
+    keep_freed_memory()
+    gc.disable()  # imports make nothing that it could collect, and a seventh of their time is its search
+    arguments = prepare(sys.argv[1:])
+    gc.freeze()  # the workers share these objects: a search would make copies of their pages
+    gc.enable()
+    from sglang.launch_server import run_server
+    from sglang.srt.utils import kill_process_tree
+
     try:
         run_server(arguments)
     finally:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.support import tiny_models
 
 # What each cut takes away. A new version of a library that imports one by another way fails here.
 NOT_IN_A_RANK = {
@@ -74,3 +77,60 @@ def test_what_was_cut_still_computes() -> None:
         "twice = torch.compile(lambda x: 2 * x)\nassert twice(torch.ones(1)).item() == 2\n"
         "@torch.compile(dynamic=True)\ndef thrice(x):\n    return 3 * x\nassert thrice(torch.ones(1)).item() == 3"
     )
+
+
+NOT_IN_A_SERVER = {
+    "torch._inductor": "torch.compile of SGLang's layers",
+    "torch._dynamo": "what tells the compiler apart, in transformers, torchvision and SGLang",
+    "megatron": "SGLang's dumper of values, which compares them with a trainer's",
+    "wandb": "the same",
+    "scipy": "transformers' losses of object detection",
+    "mistral_common": "gguf's vocabulary",
+    "sglang.srt.models.llama4": "all models for one",
+}
+
+
+@pytest.mark.server
+def test_a_server(tmp_path: Path) -> None:
+    """All that is imported before the server forks its workers, for a model whose file is the only one loaded."""
+    tiny_models.write("qwen3", tmp_path)
+    modules = loaded(
+        "from drpo_megatron.platform import sglang_cpu\n"
+        f"sglang_cpu.prepare(['--model-path', {str(tmp_path)!r}, '--device', 'cpu', '--attention-backend', "
+        "'torch_native'])\n"
+        "from sglang.srt.models.registry import ModelRegistry\n"
+        "model, name = ModelRegistry.resolve_model_cls(['Qwen3ForCausalLM'])\n"
+        "assert model.__module__ == 'sglang.srt.models.qwen3' and not ModelRegistry._default_models_loaded"
+    )
+    assert {"sglang.srt.managers.scheduler", "sglang.srt.models.qwen3"} <= modules
+    assert not NOT_IN_A_SERVER.keys() & modules
+
+
+@pytest.mark.server
+def test_a_server_finds_what_sglang_registers() -> None:
+    """For each architecture that can be trained: in its file, the class that SGLang has in its registry of all."""
+    loaded(
+        "from drpo_megatron.platform import sglang_cpu, sglang_cpu_imports\n"
+        "sglang_cpu_imports.cut_imports([])\nsglang_cpu.install_stand_ins()\n"
+        "import sglang, sglang.srt.managers.scheduler\n"
+        "from sglang.srt.models.registry import ModelRegistry\n"
+        "from drpo_megatron.models.families import FAMILIES\n"
+        "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES\n"
+        "architectures = [NAMES[family] for family in FAMILIES]\n"
+        "assert not ModelRegistry.models\n"
+        "assert sglang_cpu_imports._model_class('NoSuchModel') is None\n"
+        "found = {name: sglang_cpu_imports._model_class(name) for name in architectures}\n"
+        "assert len(ModelRegistry.get_supported_archs()) > 100\n"
+        "for name, model in found.items():\n"
+        "    assert model is not None and ModelRegistry.models[name] is model, name"
+    )
+
+
+@pytest.mark.server
+def test_a_server_compiles_when_it_is_asked_to() -> None:
+    modules = loaded(
+        "from drpo_megatron.platform import sglang_cpu, sglang_cpu_imports\n"
+        "sglang_cpu_imports.cut_imports(['--enable-torch-compile'])\nsglang_cpu.install_stand_ins()\n"
+        "import torch\ncompile = torch.compile\nimport sglang\nassert torch.compile is compile"
+    )
+    assert "torch._dynamo" in modules
