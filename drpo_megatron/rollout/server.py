@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import requests
 
 from drpo_megatron.config.schema import ServerConfig
+from drpo_megatron.platform import has_cuda
 from drpo_megatron.platform.ports import free_port, in_use
 from drpo_megatron.platform.process import killed_with_parent, stop_group
 from drpo_megatron.platform.sglang import sglang_default_args, sglang_launch_command
@@ -36,7 +37,7 @@ _RESERVED = {
 }
 _LOG_TAIL_LINES = 60
 _POLL_S = 0.2
-_STOP_S = 3.0  # the server holds nothing that has to be saved
+_STOP_S = 3.0  # the server holds nothing that has to be saved, but devices, which it may free in order
 
 
 class Server(Protocol):
@@ -213,7 +214,8 @@ class SGLangServer:
     def stop(self) -> None:
         """End the server and its workers within a few seconds. Does nothing when it is not running."""
         if self._process is not None:
-            stop_group(self._process, timeout_s=_STOP_S)
+            # It looks every five seconds whether it was told to stop.
+            stop_group(self._process, timeout_s=_STOP_S if has_cuda() else 0.0)
             self._process = None
             self._key_path.unlink(missing_ok=True)
 
