@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.support.fleets import Pair, Pairs
     from tests.support.server_pool import Loans, ServerPool
 
 
@@ -27,3 +28,19 @@ def borrow(servers: ServerPool) -> Iterator[Loans]:
     loans = Loans(servers)
     yield loans
     loans.give_back()
+
+
+@pytest.fixture(scope="session")
+def pairs(servers: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    from tests.support.fleets import Pairs
+
+    pairs = Pairs(tmp_path_factory.mktemp("pairs"), servers.launch)
+    yield pairs
+    pairs.close()
+
+
+@pytest.fixture
+def pair(pairs: Pairs) -> Iterator[Pair]:
+    """A fleet of two servers whose processes may be killed. The test fails that leaves it so that it cannot recover."""
+    yield pairs.get()
+    pairs.give_back()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.server.test_fp8_export import WHOLE_BLOCKS
-from tests.server.test_fp8_rollout import TRANSPORTS, Served, reference, serve
+from tests.server.test_fp8_rollout import TRANSPORTS, Served, reference
+from tests.support.server_pool import WHOLE_BLOCKS, fp8_launch, ready
 from tests.support.servers import perturb
 
 pytestmark = [
@@ -24,7 +24,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """On the last device: NCCL refuses a trainer and a server on one."""
     sizes = WHOLE_BLOCKS | {"num_hidden_layers": 3, "initializer_range": 0.05}
     devices = [torch.cuda.device_count() - 1]
-    yield from serve(tmp_path_factory.mktemp("served"), "bfloat16", "transformer_engine", 1, devices, **sizes)
+    directory = tmp_path_factory.mktemp("served")
+    launch = fp8_launch(directory, "bfloat16", "transformer_engine", 1, devices, **sizes)
+    with launch.server:
+        pooled = ready("fp8", launch)
+        yield Served(pooled, pooled.reference())
 
 
 def test_pushes_to_an_fp8_server_on_a_gpu(served: Served) -> None:

@@ -18,25 +18,20 @@ from drpo_megatron.rollout.server import SGLangServer
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from tests.support import tiny_models
+from tests.support.server_pool import WHOLE_BLOCKS, ServerPool
+from tests.support.servers import LIMIT_S
 
 pytestmark = [
     pytest.mark.server,
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu serves the export on a device"),
 ]
 
-WHOLE_BLOCKS = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 128,
-    "num_hidden_layers": 2,
-}
 
-
-def server_log(model: Path, log: Path) -> str:
+def server_log(servers: ServerPool, model: Path, log: Path) -> str:
     """What the server says when it is started with this model, which it does not come up with."""
-    with pytest.raises(ServerError), SGLangServer(ServerConfig(), model, "bfloat16", 0, log) as server:
+    server = SGLangServer(ServerConfig(start_timeout_s=LIMIT_S), model, "bfloat16", 0, log)
+    server.launch = servers.launch
+    with server, pytest.raises(ServerError):
         server.wait_ready()
     return log.read_text()
 
@@ -48,16 +43,18 @@ def export(directory: Path, **changes: float) -> Path:
     return directory / "fp8"
 
 
-def test_loader_takes_the_files(tmp_path: Path) -> None:
+def test_loader_takes_the_files(servers: ServerPool, tmp_path: Path) -> None:
     """The layers are made for FP8 and filled; the refusal comes from what prepares the kernel's weights afterwards."""
-    said = server_log(export(tmp_path), tmp_path / "log")
+    said = server_log(servers, export(tmp_path), tmp_path / "log")
     assert "Fp8LinearMethod on CPU requires that CPU has AMX support" in said
     assert "process_weights_after_loading" in said and "load_weights(" not in said
 
 
-def test_joined_projections_must_be_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_joined_projections_must_be_whole_blocks(
+    servers: ServerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What `drpo convert` notes about rows that are no multiple of 128 is what the server says."""
-    said = server_log(export(tmp_path, head_dim=64), tmp_path / "log")
+    said = server_log(servers, export(tmp_path, head_dim=64), tmp_path / "log")
     assert "is not divisible by weight quantization block_n = 128" in said
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["convert", str(tmp_path / "checkpoint"), str(tmp_path / "again"), "--to", "hf", "--dtype", "fp8"])

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +15,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from drpo_megatron.config.schema import RunConfig, ServerConfig, SyncConfig
 from drpo_megatron.fp8 import audit
-from drpo_megatron.fp8.rollout import RolloutWeights, server_model, server_settings
+from drpo_megatron.fp8.rollout import RolloutWeights
 from drpo_megatron.rollout.probe import score_tokens
-from drpo_megatron.rollout.server import SGLangServer
-from drpo_megatron.rollout.server_args import with_delta_loader
 from drpo_megatron.sync.buckets import Bucket
-from drpo_megatron.sync.push import SyncReport, WeightSync
-from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
-from tests.ranks.test_train_step import run_config
-from tests.server.test_fp8_export import WHOLE_BLOCKS
+from drpo_megatron.sync.push import SyncReport
+from drpo_megatron.sync.verify import SyncMismatch
 from tests.support import tiny_models
-from tests.support.servers import perturb
+from tests.support.server_pool import Loans, PooledServer
+from tests.support.servers import LIMIT_S, perturb
 
 pytestmark = [
     pytest.mark.server,
@@ -76,16 +70,18 @@ def reference(model: PreTrainedModel, first: int, *, inputs: bool = True, factor
 
 @dataclass
 class Served:
-    config: RunConfig
-    weights: RolloutWeights
-    layout: ServerLayout
+    pooled: PooledServer
     model: PreTrainedModel
-    url: str
+
+    def __post_init__(self) -> None:
+        assert self.pooled.config is not None
+        self.config = self.pooled.config
+        weights = RolloutWeights.of(self.config)
+        assert weights is not None
+        self.weights = weights
 
     def push(self, version: int, **sync: Any) -> SyncReport:
-        settings = SyncConfig(bucket_mb=0.2, timeout_s=120, **sync)
-        to = WeightSync(settings, self.layout, server_model(self.config), self.config.run_directory / "sync")
-        to.connect([self.url])
+        to = self.pooled.sync(bucket_mb=0.2, **sync)
         named = list(self.model.state_dict().items())
         buckets = [named[i : i + 20] for i in range(0, len(named), 20)]
         try:
@@ -94,44 +90,25 @@ class Served:
             to.close(servers_alive=True)
 
     def logprobs(self) -> np.ndarray:
-        return np.concatenate([score_tokens(self.url, tokens, 120).logprobs_P for tokens in PROMPTS])
+        return np.concatenate([score_tokens(self.pooled.url, tokens, LIMIT_S).logprobs_P for tokens in PROMPTS])
 
     def audit(self, quantized: dict[str, bool]) -> dict[str, bool]:
-        return audit.audit_servers([self.url], self.layout, quantized, self.config.run_directory, 120)
+        urls, layout = [self.pooled.url], self.pooled.layout
+        return audit.audit_servers(urls, layout, quantized, self.config.run_directory, LIMIT_S)
 
 
-def serve(
-    directory: Path, dtype: str, backend: str, first: int, devices: list[int] | None = None, **model: Any
-) -> Iterator[Served]:
-    path = directory / "model"
-    made = tiny_models.write("qwen3", path, dtype=getattr(torch, dtype), **model)
-    raw = run_config(path, {}).model_dump()
-    raw["model"]["dtype"] = dtype
-    raw["tracking"]["directory"] = directory / "runs"
-    raw["fp8"] |= {"rollout": True, "backend": backend, "unquantized_first_layers": first}
-    raw["rollout"]["server"] |= {"start_timeout_s": 300, "devices": devices}
-    config = RunConfig.model_validate(raw)
-    weights = RolloutWeights.of(config)
-    assert weights
-    weights.write_model(config)
-    settings: ServerConfig = with_delta_loader(server_settings(config))
-    log = config.run_directory / "server.log"
-    with SGLangServer(settings, server_model(config), dtype, 0, log, emulate_fp8=True) as server:
-        url = server.wait_ready()
-        yield Served(config, weights, ServerLayout.from_config(path, 1, getattr(torch, dtype)), made, url)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture
+def emulated(borrow: Loans) -> Served:
     """Twelve layers, of which the last two are in FP8; no size is a multiple of 128."""
-    sizes = {"num_hidden_layers": 12, "hidden_size": 160, "intermediate_size": 288, "initializer_range": 0.08}
-    yield from serve(tmp_path_factory.mktemp("emulated"), "float32", "emulate", 10, **sizes)
+    pooled = borrow("fp8")
+    return Served(pooled, pooled.reference())
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    sizes = WHOLE_BLOCKS | {"num_hidden_layers": 3, "initializer_range": 0.05}
-    yield from serve(tmp_path_factory.mktemp("stored"), "bfloat16", "transformer_engine", 1, **sizes)
+@pytest.fixture
+def stored(borrow: Loans) -> Served:
+    """FP8 parameters and scales, but for the first of three layers."""
+    pooled = borrow("fp8_stored")
+    return Served(pooled, pooled.reference())
 
 
 def test_an_emulated_server_computes_in_fp8(emulated: Served) -> None:

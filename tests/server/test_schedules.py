@@ -2,143 +2,46 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from drpo_megatron.config.schema import RolloutConfig, SamplingConfig, ServerConfig, SyncConfig
-from drpo_megatron.data.prompts import PromptSource
-from drpo_megatron.records import Prompt, Rollout, RolloutGroup
+from drpo_megatron.config.schema import SamplingConfig, ServerConfig
+from drpo_megatron.records import Prompt, Rollout
 from drpo_megatron.rollout.admin import ServerAdmin
-from drpo_megatron.rollout.client import RolloutClient
 from drpo_megatron.rollout.driver import RolloutDriver
-from drpo_megatron.rollout.errors import ServerDied, ServerStartError
+from drpo_megatron.rollout.errors import ServerStartError
 from drpo_megatron.rollout.fleet import Fleet
 from drpo_megatron.rollout.member import Member
-from drpo_megatron.rollout.producer import RolloutProducer, Sampler
+from drpo_megatron.rollout.producer import Sampler
 from drpo_megatron.rollout.sampler import GroupSampler
-from drpo_megatron.rollout.server import ExternalServer, SGLangServer
+from drpo_megatron.rollout.server import ExternalServer
 from drpo_megatron.rollout.turns import FunctionSampler, Session, Trajectory
-from drpo_megatron.sync.push import WeightSync
-from drpo_megatron.sync.verify import ServerLayout
-from tests.support import tiny_models
-from tests.support.servers import make_prompts, perturb
+from tests.support.schedules import LONG, PROMPTS, TOLERANCE, Schedule, rollouts_of, settings
+from tests.support.server_pool import Loans
+from tests.support.servers import LIMIT_S
 
 pytestmark = pytest.mark.server
 
-PROMPTS = make_prompts(64, tiny_models.VOCAB_SIZE)
-TOLERANCE = 1e-4
-LONG = SamplingConfig(max_new_tokens=300, ignore_eos=True)
 
-
-class Stream(PromptSource):
-    """The prompts, in order."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def take(self, n: int) -> list[tuple[int, Prompt]]:
-        first, self._next = self._next, self._next + n
-        return [(i, PROMPTS[i]) for i in range(first, self._next)]
-
-    def state(self) -> dict[str, int]:
-        return {"next": self._next}
-
-
-@dataclass
-class Setup:
-    fleet: Fleet
-    weights: WeightSync
-    path: Path
-    models: dict[int, PreTrainedModel]
-    """Every version that was pushed."""
-
-    @property
-    def version(self) -> int:
-        return max(self.models)
-
-    def push(self) -> None:
-        model = copy.deepcopy(self.models[self.version])
-        perturb(model, self.version)
-        self.models[self.version + 1] = model
-        with self.fleet.paused():
-            self.weights.connect(self.fleet.up())
-            self.weights.push(model.state_dict().items(), self.version)
-        self.fleet.admit(self.fleet.up(), self.version)
-
-    @contextmanager
-    def producer(
-        self, config: RolloutConfig, sampler: Callable[[Prompt], Sampler] | None = None
-    ) -> Iterator[RolloutProducer]:
-        async def reward(group: RolloutGroup) -> None:
-            for i, rollout in enumerate(group.rollouts):
-                rollout.reward = float(i % 2)
-
-        def abort() -> None:
-            ServerAdmin(self.fleet.url).abort_all(30)
-
-        with RolloutProducer(
-            config,
-            1,
-            Stream(),
-            client=lambda: RolloutClient(self.fleet, config),
-            sampler=sampler or (lambda _, prompt: GroupSampler(prompt, config.samples_per_prompt, config.sampling)),
-            finish=reward,
-            abort=abort,
-        ) as made:
-            yield made
-
-    def largest_error(self, rollouts: list[Rollout]) -> float:
-        """Of log μ of every sampled token, against transformers with the weights of that token's version."""
-        largest = 0.0
-        for rollout in rollouts:
-            tokens_T = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
-            start = len(rollout.prompt.token_ids)
-            for version in set(rollout.weight_versions):
-                with torch.no_grad():
-                    logits_TV = self.models[version](tokens_T[None]).logits[0, start - 1 : -1].float()
-                logprobs_T = torch.log_softmax(logits_TV, dim=-1).gather(1, tokens_T[start:, None])[:, 0]
-                mine_T = torch.tensor(rollout.weight_versions) == version
-                sampled_T = mine_T & torch.tensor(rollout.response_mask).bool()
-                difference_T = (logprobs_T - torch.tensor(rollout.logmu)).abs()[sampled_T]
-                largest = max([largest, *difference_T.tolist()])
-        return largest
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    path = tmp_path_factory.mktemp("qwen3")
-    model = tiny_models.write("qwen3", path)
-    server = SGLangServer(ServerConfig(), path, "float32", 0, path / "log" / "server-0.log")
-    layout = ServerLayout.from_config(path, 1, torch.float32)
-    weights = WeightSync(SyncConfig(bucket_mb=0.05, timeout_s=60), layout, path, path / "sync")
-    with Fleet(ServerConfig(), [Member("server-0", server)], None, None) as fleet:
+@pytest.fixture
+def setup(borrow: Loans) -> Iterator[Schedule]:
+    """A fleet of one server, which was started elsewhere, with the weights of a push."""
+    pooled = borrow("plain")
+    weights = pooled.sync(bucket_mb=0.05)
+    settings = ServerConfig(addresses=[pooled.url], start_timeout_s=LIMIT_S, health_timeout_s=LIMIT_S)
+    with Fleet(settings, [Member("server-0", ExternalServer(pooled.url))], None, None) as fleet:
         fleet.wait_all()
-        made = Setup(fleet, weights, path, {0: model})
+        made = Schedule(fleet, weights, pooled.model, {0: pooled.reference()})
         made.push()
         yield made
-        weights.close(servers_alive=False)
+        assert fleet.restarts == 0
+        weights.close()
 
 
-def settings(**changes: Any) -> RolloutConfig:
-    return RolloutConfig(**{"prompts_per_step": 4, "samples_per_prompt": 4, "sampling": LONG} | changes)
-
-
-def rollouts_of(groups: list[RolloutGroup]) -> list[Rollout]:
-    return [rollout for group in groups for rollout in group.rollouts]
-
-
-def test_weights_that_change_in_the_middle_of_responses(setup: Setup) -> None:
+def test_weights_that_change_in_the_middle_of_responses(setup: Schedule) -> None:
     """Each token has the version that sampled it, and its log-prob is that version's."""
     config = settings(schedule="asynchronous", max_staleness=2)
     trained: list[Rollout] = []
@@ -161,7 +64,7 @@ def test_weights_that_change_in_the_middle_of_responses(setup: Setup) -> None:
     assert max(Counter(numbers).values()) == 1
 
 
-def test_what_is_cut_goes_on_with_what_it_had(setup: Setup) -> None:
+def test_what_is_cut_goes_on_with_what_it_had(setup: Schedule) -> None:
     config = settings(over_sampling=2.0, max_staleness=1, prompts_per_step=2)
     slow = SamplingConfig(max_new_tokens=450, ignore_eos=True)
     short = SamplingConfig(max_new_tokens=20, ignore_eos=True)
@@ -187,7 +90,7 @@ def test_what_is_cut_goes_on_with_what_it_had(setup: Setup) -> None:
     assert setup.largest_error(made + rollouts_of(groups)) < TOLERANCE
 
 
-def test_turns_with_inserted_tokens(setup: Setup) -> None:
+def test_turns_with_inserted_tokens(setup: Schedule) -> None:
     async def two_turns(prompt: Prompt, session: Session) -> Trajectory:
         trajectory = Trajectory(prompt)
         await session.sample(trajectory, max_new_tokens=7)
@@ -207,21 +110,21 @@ def test_turns_with_inserted_tokens(setup: Setup) -> None:
     assert setup.largest_error(made) < TOLERANCE
 
 
-def test_a_server_that_was_started_elsewhere(setup: Setup) -> None:
+def test_a_server_that_was_started_elsewhere(setup: Schedule) -> None:
     """Known by its address alone, it gets the weights, serves, and is left running."""
-    config = ServerConfig(addresses=[setup.fleet.url])
-    with Fleet(config, [Member("server-0", ExternalServer(setup.fleet.url))], None, None) as elsewhere:
-        elsewhere.wait_all()
-        assert elsewhere.commands() == [] and elsewhere.up() == [setup.fleet.url]
-        other = Setup(elsewhere, setup.weights, setup.path, setup.models)
-        with setup.fleet.paused():
-            other.push()
-        setup.fleet.admit(setup.fleet.up(), setup.version)
-        groups = RolloutDriver(settings(), elsewhere, AutoTokenizer.from_pretrained(setup.path)).generate(PROMPTS[:4])
-        assert f"weight version {setup.version}" in "\n".join(elsewhere.states())
+    url = setup.fleet.url
+    assert setup.fleet.commands() == [] and setup.fleet.up() == [url] and setup.fleet.serving() == 1
+    driver = RolloutDriver(settings(), setup.fleet, AutoTokenizer.from_pretrained(setup.path))
+    groups = driver.generate(PROMPTS[:4])
+    assert f"weight version {setup.version}" in "\n".join(setup.fleet.states())
     assert {v for r in rollouts_of(groups) for v in r.weight_versions} == {setup.version}
     assert setup.largest_error(rollouts_of(groups)) < TOLERANCE
-    assert setup.fleet.serving() == 1
+    with Fleet(ServerConfig(addresses=[url]), [Member("server-0", ExternalServer(url))], None, None) as another:
+        another.wait_all()
+    assert setup.fleet.serving() == 1 and ServerAdmin(url).model_info(LIMIT_S)["weight_version"] == str(setup.version)
+
+
+def test_nobody_at_the_address() -> None:
     nobody = Fleet(
         ServerConfig(start_timeout_s=1, health_timeout_s=1, max_restarts=0),
         [Member("server-0", ExternalServer("http://127.0.0.1:9"))],
@@ -230,28 +133,3 @@ def test_a_server_that_was_started_elsewhere(setup: Setup) -> None:
     )
     with nobody, pytest.raises(ServerStartError, match=r"not ready after rollout\.server\.start_timeout_s = 1 s"):
         nobody.wait_all()
-
-
-def test_a_death_is_waited_out(setup: Setup) -> None:
-    """Last. With the only server gone nothing is lost: it comes back, gets the weights, and everything is sampled."""
-    (member,) = setup.fleet._members
-    pid = member.server.pid
-    assert pid is not None
-    config = settings(schedule="asynchronous", max_staleness=2)
-    taken: list[str] = []
-    with setup.producer(config) as producer:
-        producer.synced(setup.version)
-        taken += [group.prompt.id for group in producer.take()]
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(ServerDied):
-            for _ in range(4):  # what was complete before is taken first
-                taken += [group.prompt.id for group in producer.take()]
-        setup.fleet.wait_any()
-        assert member.restarts == 1
-        setup.push()
-        producer.synced(setup.version)
-        groups = producer.take()
-        taken += [group.prompt.id for group in groups]
-        begun = [ticket["number"] for ticket in producer.state()["begun"]]
-    assert sorted(taken + [PROMPTS[n].id for n in begun]) == sorted(p.id for p in PROMPTS[: len(taken) + len(begun)])
-    assert setup.largest_error(rollouts_of(groups)) < TOLERANCE
