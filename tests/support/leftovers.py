@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -47,7 +48,8 @@ def nothing_left_behind() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     before = _state()
-    yield
+    with _change_layout_forgets_models():
+        yield
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
@@ -56,11 +58,38 @@ def nothing_left_behind() -> Iterator[None]:
     filesystem = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
     if filesystem is not None:
         filesystem._results_queue = None  # the product's, of the last checkpoint: Megatron-Core makes another
-    gc.collect()  # a model is full of cycles
+    forget_models()
     left = [*_differences(before, _state()), *_groups(), *_processes()]
     left += [f"{name}: {value}, before {modes[name]}" for name, value in _modes().items() if value != modes[name]]
     if left:
         raise LeftBehind("left behind for the next function of this rank:\n" + "\n".join(left))
+
+
+def forget_models() -> None:
+    """Let go of all models, which are void when their layout is. Each would keep the process groups of its layout and
+    their threads, some sixty: Megatron-Core's data parallelism hangs on hooks of torch that hang on it, a circle that
+    Python cannot see.
+    """
+    module = sys.modules.get("megatron.core.distributed.distributed_data_parallel")
+    if module is not None:
+        for found in gc.get_objects():
+            if type(found) is module.DistributedDataParallel:
+                vars(found).clear()
+    gc.collect()
+
+
+@contextlib.contextmanager
+def _change_layout_forgets_models() -> Iterator[None]:
+    from drpo_megatron.platform import distributed
+
+    change_layout = distributed.change_layout
+
+    def forgetting(*args: Any, **kwargs: Any) -> None:
+        forget_models()
+        change_layout(*args, **kwargs)
+
+    with mock.patch.object(distributed, "change_layout", forgetting):
+        yield
 
 
 def _modes() -> dict[str, Any]:
