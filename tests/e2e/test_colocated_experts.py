@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import DIGITS, MOE, SMALL, dump, metrics, settings
+from tests.support.server_pool import ServerPool
 from tests.support.trainer import train
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.server, pytest.mark.distributed]
 LAYERS, EXPERTS_A_TOKEN = 2, 2
 
 
-def test_colocated_mixture_of_experts(tmp_path: Path) -> None:
+def test_colocated_mixture_of_experts(servers: ServerPool, tmp_path: Path) -> None:
     """An evaluation is one more turn of the server's."""
     words = (
         *SMALL,
@@ -27,7 +28,7 @@ def test_colocated_mixture_of_experts(tmp_path: Path) -> None:
         "optimizer.overlap_param_gather=true",
         "sync.transport=shared_memory",
     )
-    outcome = train(MOE, *settings(tmp_path), *words).done()
+    outcome = train(MOE, *settings(tmp_path), *words, launch=servers.launch).done()
     assert "no memory becomes free" in outcome.output
     steps = metrics(tmp_path)
     assert [s["step"] for s in steps] == [0, 1, 2]

@@ -32,6 +32,7 @@ from tests.support.runs import (
     wait_for,
     wait_for_steps,
 )
+from tests.support.server_pool import ServerPool
 from tests.support.trainer import drpo, train
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -118,7 +119,7 @@ def check_profile(directory: Path, step: int) -> None:
     assert len(list(directory.iterdir())) == 2 * (len(verbs) + 1), "of one step alone"
 
 
-def test_ahead_of_training_one_of_two_servers_dies(tmp_path: Path) -> None:
+def test_ahead_of_training_one_of_two_servers_dies(servers: ServerPool, tmp_path: Path) -> None:
     """Training goes on with the other, no sample is lost or trained twice, none is too old. Evaluations in between
     change nothing of that. The first sample is held until the server is dead: the run cannot be over before.
     """
@@ -149,10 +150,11 @@ def test_ahead_of_training_one_of_two_servers_dies(tmp_path: Path) -> None:
         return others
 
     ended = threading.Event()
+    held = {held_rewards.FIRST: str(tmp_path)}
     with ThreadPoolExecutor(1) as pool:
         killing = pool.submit(kill_one)
         try:
-            outcome = train(QUICKSTART, *settings(tmp_path), *words, **{held_rewards.FIRST: str(tmp_path)})
+            outcome = train(QUICKSTART, *settings(tmp_path), *words, launch=servers.launch, **held)
         finally:
             ended.set()
     assert any("router" in line for line in killing.result()), outcome.output

@@ -63,7 +63,7 @@ def trained(servers: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> It
     with_it = train(QUICKSTART, *settings(root, "with"), *SETTINGS, server, *evaluation, *checkpoint).done()
     base = ("evaluate", QUICKSTART, f"model.path={root / 'with' / 'hf'}", "training.deterministic=true", *evaluation)
     by_running = drpo(*base, "--servers", url, "--out", root / "running.jsonl").done().output
-    by_own = drpo_apart(*base, "--out", root / "own.jsonl").done().output
+    by_own = drpo_apart(*base, "--out", root / "own.jsonl", launch=servers.launch).done().output
     yield Trained(root, sets, with_it.output, by_running, by_own)
     borrow.give_back()
 

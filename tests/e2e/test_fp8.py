@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import QUICKSTART, SMALL, settings
+from tests.support.server_pool import ServerPool
 from tests.support.trainer import train
 
 pytestmark = [pytest.mark.server, pytest.mark.distributed]
@@ -17,10 +18,10 @@ OF_SERVERS = ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_att
 OF_TRAINER = ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.linear_proj", "self_attention.linear_qkv")
 
 
-def test_rollouts_and_training_in_fp8(tmp_path: Path) -> None:
+def test_rollouts_and_training_in_fp8(servers: ServerPool, tmp_path: Path) -> None:
     """The run starts its server itself: only then do servers emulate FP8."""
     words = (*SMALL, *FP8, "training.steps=2", "training.export=false")
-    steps = train(QUICKSTART, *settings(tmp_path), *words).done().metrics
+    steps = train(QUICKSTART, *settings(tmp_path), *words, launch=servers.launch).done().metrics
     assert len(steps) == 2
     for step in steps:
         assert 0 < step["mismatch/k3"] < 0.1 and step["train/skipped_updates"] == 0

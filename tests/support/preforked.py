@@ -24,6 +24,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +83,13 @@ class ForkedServer:
         return line
 
 
-class ServerForks:
-    """The process that forks. It begins to import at once, and is killed with the thread that makes this object."""
+@dataclass(frozen=True)
+class Forking:
+    """Where the process that forks can be asked. It pickles, and with it its `launch`: a run in another process may
+    start its servers so. They end with the process that forks.
+    """
 
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="servers-")
-        self._address = str(Path(self._directory.name) / "socket")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self._address)
-            listener.listen(64)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.preforked", str(listener.fileno())],
-                cwd=_ROOT,
-                # What is read once, at an import.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"},
-                pass_fds=[listener.fileno()],
-                preexec_fn=killed_with_parent,
-            )
+    address: str
 
     def launch(
         self,
@@ -116,12 +107,35 @@ class ServerForks:
         known = ([sys.executable, "-m", _MODULE], subprocess.DEVNULL, subprocess.STDOUT, True, killed_with_parent)
         assert asked == known, f"forks are not started so: {asked}"
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self._address)
+        connection.connect(self.address)
         request = json.dumps({"arguments": list(command[3:]), "environment": env}).encode()
         sent = socket.send_fds(connection, [request], [stdout.fileno()])
         connection.sendall(request[sent:])
         connection.shutdown(socket.SHUT_WR)
         return ForkedServer(command, connection)
+
+
+class ServerForks:
+    """The process that forks. It begins to import at once, and is killed with the thread that makes this object."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="servers-")
+        self._forking = Forking(str(Path(self._directory.name) / "socket"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._forking.address)
+            listener.listen(64)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.preforked", str(listener.fileno())],
+                cwd=_ROOT,
+                # What is read once, at an import.
+                env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"},
+                pass_fds=[listener.fileno()],
+                preexec_fn=killed_with_parent,
+            )
+
+    @property
+    def launch(self) -> Callable[..., Any]:
+        return self._forking.launch
 
     def close(self) -> None:
         """Ends what is left of the forks, too."""
@@ -142,6 +156,9 @@ def preload() -> None:
 
 def _serve(listener: socket.socket) -> None:
     """Fork for every connection; say the fork's id, and how it ended."""
+    import setproctitle
+
+    setproctitle.getproctitle()  # finds the place of titles, which cannot be found once the environment has changed
     preload()
     with selectors.DefaultSelector() as events:
         events.register(listener, selectors.EVENT_READ)

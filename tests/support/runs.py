@@ -23,7 +23,7 @@ from tests.support.trainer import Outcome, read_lines
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 MOE = ROOT / "configs" / "tiny-qwen3-moe.yaml"
-LIMIT_S = 900.0
+LIMIT_S = 600.0
 """Until a test gives up: for a machine that is busy with other things."""
 SMALL = ("rollout.prompts_per_step=8", "rollout.samples_per_prompt=4")
 # Of a set with six prompts, for evaluations in between.
@@ -111,7 +111,9 @@ def wait_for_steps(process: subprocess.Popen[str], directory: Path, steps: int) 
 
 def server_processes(directory: Path) -> list[psutil.Process]:
     """The rollout servers of the runs below `directory`, without their workers."""
-    found = [p for p in started_with(str(directory)) if "drpo_megatron.platform.sglang_cpu" in p.info["cmdline"]]
+    found = [
+        p for p in started_with(str(directory)) if "drpo_megatron.platform.sglang_cpu" in " ".join(p.info["cmdline"])
+    ]
     return [p for p in found if p.info["ppid"] not in {other.pid for other in found}]
 
 
@@ -122,10 +124,20 @@ def descendants(process: int) -> list[psutil.Process]:
 
 
 def left_over(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that go on running. One that ended and waits for its parent to notice does not run."""
-    _, alive = psutil.wait_procs(processes, timeout=LIMIT_S / 3)
-    zombies = {p.pid for p in psutil.process_iter(["status"]) if p.info["status"] == psutil.STATUS_ZOMBIE}
-    return [p for p in alive if p.is_running() and p.pid not in zombies]
+    """Those that go on running. One that ended and waits for its parent to notice does not run: in a container nobody
+    may notice.
+    """
+    deadline = time.monotonic() + LIMIT_S / 2
+    while (alive := [p for p in processes if _runs(p)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def started_with(word: str) -> list[psutil.Process]:

@@ -19,20 +19,25 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from drpo_megatron import cli
+from drpo_megatron.commands import EXIT_INTERRUPTED
 from drpo_megatron.config import RunConfig
 from drpo_megatron.platform.layout import ParallelLayout
 from drpo_megatron.platform.process import die_with_parent
+from drpo_megatron.rollout.server import SGLangServer
 from launch import local
 
 LIMIT_S = 900.0
 """For a run of a few steps on a machine that is busy with other things."""
 _TERMINATED_S = 60.0  # what torchrun gives the other ranks when one has failed, and more
+Launch = Callable[..., Any] | None
+"""What stands for `subprocess.Popen` where a server is started. It must pickle."""
 _PRELOADED = ["tests.support.trainer_imports"]
 
 
@@ -59,8 +64,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(config: Path, *words: str, **environment: str) -> Outcome:
-    """`drpo train CONFIG WORDS...`: overrides and options. environment: variables of the ranks and what they start.
+def train(config: Path, *words: str, launch: Launch = None, **environment: str) -> Outcome:
+    """`drpo train CONFIG WORDS...`: overrides and options. launch: what starts servers, such as `ServerPool.launch`.
+    environment: variables of the ranks and what they start.
 
     Raises TimeoutError when a rank does not end.
     """
@@ -69,11 +75,11 @@ def train(config: Path, *words: str, **environment: str) -> Outcome:
         terminal.touch()
         runs: list[RunConfig] = []
 
-        def launch(config: RunConfig, layout: ParallelLayout) -> int:
+        def run(config: RunConfig, layout: ParallelLayout) -> int:
             runs.append(config)
-            return _run_forked(config, layout, terminal, environment)
+            return _run_forked(config, layout, terminal, environment, launch)
 
-        with mock.patch.object(local, "run", launch):
+        with mock.patch.object(local, "run", run):
             ended = drpo("train", config, *words)
         directory = runs[0].run_directory if runs else None
         return Outcome(ended.code, ended.output + terminal.read_text(), directory)
@@ -88,17 +94,19 @@ def drpo(*words: object) -> Outcome:
         except SystemExit as ended:
             code = ended.code
     assert isinstance(code, int), code
+    if code == EXIT_INTERRUPTED:  # who runs the tests pressed Ctrl-C
+        raise KeyboardInterrupt
     return Outcome(code, output.getvalue())
 
 
-def drpo_apart(*words: object) -> Outcome:
+def drpo_apart(*words: object, launch: Launch = None) -> Outcome:
     """`drpo WORDS...` in a fork of the process that has imported everything: a command that changes its process, by
-    signal handlers, variables or the log, or starts servers, which end with the thread that started them.
+    signal handlers, variables or the log, or starts servers, by `launch`, which end with the thread that started them.
     """
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "output"
         output.touch()
-        process = _context().Process(target=_command, args=([str(word) for word in words], output), daemon=True)
+        process = _context().Process(target=_command, args=([str(word) for word in words], output, launch), daemon=True)
         process.start()
         try:
             process.join(LIMIT_S)
@@ -115,7 +123,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path, more: dict[str, str]) -> int:
+def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path, more: dict[str, str], launch: Launch) -> int:
     """What `launch.local.run` returns: 0, or 1 when a rank failed, which ends the others."""
     from torch.distributed import TCPStore
 
@@ -132,7 +140,9 @@ def _run_forked(config: RunConfig, layout: ParallelLayout, terminal: Path, more:
         "LOCAL_WORLD_SIZE": str(layout.world_size),
     }
     ranks = [
-        context.Process(target=_rank, args=(config.run_directory, environment | _place(rank), terminal), daemon=True)
+        context.Process(
+            target=_rank, args=(config.run_directory, environment | _place(rank), terminal, launch), daemon=True
+        )
         for rank in range(layout.world_size)
     ]
     for process in ranks:
@@ -166,10 +176,10 @@ def _wait(ranks: list[Any]) -> int:
     return int(any(p.exitcode for p in ranks))
 
 
-def _rank(directory: Path, environment: dict[str, str], terminal: Path) -> None:
+def _rank(directory: Path, environment: dict[str, str], terminal: Path, launch: Launch) -> None:
     """In the fork; never returns."""
     try:
-        _prepare(terminal, directory / "log" / "torchrun.log")
+        _prepare(terminal, directory / "log" / "torchrun.log", launch)
         os.environ.update(environment)
         sys.argv = ["drpo_megatron.training.main", str(directory / "config.yaml")]
         importlib.import_module("drpo_megatron.training.main").main()
@@ -177,17 +187,25 @@ def _rank(directory: Path, environment: dict[str, str], terminal: Path) -> None:
         os._exit(1)
 
 
-def _command(words: list[str], output: Path) -> None:
+def _command(words: list[str], output: Path, launch: Launch) -> None:
     """In the fork."""
-    _prepare(output, output)
+    _prepare(output, output, launch)
     die_with_parent()
     cli.main(words)
 
 
-def _prepare(stdout: Path, stderr: Path) -> None:
+def _prepare(stdout: Path, stderr: Path, launch: Launch) -> None:
     # Ended by its parent in any case; without the mark it may have processes of its own, as a checkpoint does.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     for path, number in ((stdout, 1), (stderr, 2)):
         sink = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, number)
         os.close(sink)
+    if launch is not None:
+        make = SGLangServer.__init__
+
+        def make_with_launch(server: SGLangServer, *arguments: Any, **options: Any) -> None:
+            make(server, *arguments, **options)
+            server.launch = launch
+
+        SGLangServer.__init__ = make_with_launch  # type: ignore[method-assign]
