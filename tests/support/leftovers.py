@@ -153,4 +153,5 @@ def _processes() -> Iterator[str]:
             yield f"the thread {thread.name}"
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            yield f"the process {child.pid}: {' '.join(child.cmdline())}"
+            if child.name() != "torch_shm_manager":  # torch's own: one a process, with which it ends
+                yield f"the process {child.pid}: {' '.join(child.cmdline())}"
