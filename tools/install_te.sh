@@ -19,19 +19,20 @@ trap 'rm -rf "$work"' EXIT
 # Without their own dependencies: torch and pydantic are installed.
 packages=("transformer-engine==$version" "transformer-engine-cu13==$version")
 packages+=(onnx onnxscript onnx_ir ml_dtypes nvdlfw-inspect einops importlib_metadata)
-"$python" -m pip install --quiet --no-deps --target "$work/te" "${packages[@]}"
 
 wheel=$(find "$wheels" -name "transformer_engine_torch-$version-*.whl" 2>/dev/null | sort | head -n 1)
 if [ -z "$wheel" ]; then
   echo "no wheel of transformer-engine-torch $version in $wheels: building one from its source" >&2
   # Its build imports torch and the packages above.
-  PYTHONPATH="$work/te" timeout 3600 "$python" -m pip wheel --quiet --no-deps --no-build-isolation \
+  "$python" -m pip install --quiet --no-deps --target "$work/build" "${packages[@]}"
+  PYTHONPATH="$work/build" timeout 3600 "$python" -m pip wheel --quiet --no-deps --no-build-isolation \
     --wheel-dir "$work/wheels" "transformer-engine-torch==$version"
   wheel=$(find "$work/wheels" -name "transformer_engine_torch-*.whl" | head -n 1)
 fi
-"$python" -m pip install --quiet --no-deps --target "$work/te" --upgrade "$wheel"
+# At once: a second command would replace the folder that the packages share.
+"$python" -m pip install --quiet --no-deps --target "$work/te" "$wheel" "${packages[@]}"
 
-PYTHONPATH="$work/te" "$python" -c 'import torch, transformer_engine.pytorch as te; print("Transformer Engine imports")'
+PYTHONPATH="$work/te" "$python" -c 'import torch, transformer_engine.pytorch; print("Transformer Engine imports")'
 rm -rf "$target"
 mkdir -p "$(dirname "$target")"
 mv "$work/te" "$target"
