@@ -17,7 +17,7 @@ from drpo_megatron.rollout.fleet import Fleet
 from drpo_megatron.rollout.member import Member, State
 from drpo_megatron.rollout.server import ExternalServer, SGLangServer
 from tests.support import tiny_models
-from tests.support.fleets import KEY, PROMPTS, Pair, started_pair, suspend, wait_for, watched_closely
+from tests.support.fleets import KEY, PROMPTS, SAMPLING, Pair, started_pair, suspend, wait_for, watched_closely
 from tests.support.server_pool import ServerPool
 from tests.support.servers import LIMIT_S
 
@@ -61,7 +61,7 @@ def test_started_again_elsewhere_at_its_address(servers: ServerPool, tmp_path: P
     try:
         with Fleet(external, [Member("elsewhere", ExternalServer(server.url, key))], None, key) as fleet:
             fleet.wait_all()
-            config_of_run = RolloutConfig(prompts_per_step=4, samples_per_prompt=4)
+            config_of_run = RolloutConfig(prompts_per_step=4, samples_per_prompt=4, sampling=SAMPLING)
             driver = RolloutDriver(config_of_run, fleet, AutoTokenizer.from_pretrained(model))
             other = Pair(fleet, driver, written, model)
             other.push()

@@ -11,6 +11,8 @@ With CUDA nothing can be forked, and servers are started by their command line.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import random
@@ -144,14 +146,28 @@ class ServerForks:
         self._directory.cleanup()
 
 
+_MODULES = (
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.server_args",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.model_executor.model_runner",
+    "sglang.srt.models.qwen3",
+    "drpo_megatron.platform.sglang_cpu_attention",
+)
+
+
 def preload() -> None:
-    """Import what `sglang_cpu.prepare` imports for any command line."""
+    """Import what `sglang_cpu.prepare` imports for any command line, and the model of most tests."""
     from drpo_megatron.platform import sglang_cpu
 
+    gc.disable()  # imports make nothing that it could collect
     sglang_cpu.cut_imports([])
     sglang_cpu.install_stand_ins()
-
-    import drpo_megatron.platform.sglang_cpu_attention  # noqa: F401
+    for module in _MODULES:
+        importlib.import_module(module)
+    gc.freeze()  # the forks share these objects
 
 
 def _serve(listener: socket.socket) -> None:
