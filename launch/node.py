@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.config import RunConfig, load_config
+from drpo_megatron.observability.watchdog import EXIT_STALLED
 from drpo_megatron.platform.ports import free_port, in_use
 from launch import local
 from launch.cluster import ClusterConfig, load_cluster
@@ -206,7 +207,7 @@ def train(node: Node, config: RunConfig, cluster: ClusterConfig) -> int:
             node.outcome("done", "done")
         return 0
     failure = local.read_failure(config)
-    if failure and failure.code == local.EXIT_STALLED:
+    if failure and failure.code == EXIT_STALLED:
         node.outcome("again", failure.message.splitlines()[0])
     elif failure:
         node.outcome("cause", f"{node.name}: rank {failure.rank}: {failure.message}")

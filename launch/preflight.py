@@ -104,6 +104,7 @@ def reach(node: Node, cluster: ClusterConfig) -> int:
     dist.init_process_group(platform.backend(), store=store, rank=node.index, world_size=world, timeout=limit)
     try:
         control = dist.new_group(backend="gloo", timeout=limit)
+        assert isinstance(control, dist.ProcessGroup), "every node is in it"
         dist.barrier(control)
         mine = Report(time.time(), versions())
         reports: list[Report | None] = [None] * world

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2-arithmetic.yaml"
 PROMPTS, RESPONSE_TOKENS = 8, 96
@@ -40,7 +41,7 @@ def main(out: Path) -> None:
             groups = driver.generate(load_prompts(config.data, tokenizer, config.seed).next(PROMPTS))
 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # of a class that its files name
     hidden = []
     with torch.no_grad():
         for rollout in rollouts:

@@ -56,7 +56,7 @@ class Ways:
         self.everywhere_T = torch.ones(tokens, dtype=torch.bool, device=device())
         self.main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         # The fused way adds its weight gradient to Megatron's buffer; for the others see `_backward`.
-        self.weight_VH.main_grad = self.main_grad_VH
+        self.weight_VH.main_grad = self.main_grad_VH  # type: ignore[attr-defined]  # Megatron-Core adds the attribute
         self.loss_function = make_loss("drpo", {"delta": 0.2})
 
     @classmethod
@@ -230,7 +230,9 @@ class Ways:
         self.weight_VH.grad = self.main_grad_VH if same_dtype else None
         (self.weights_T * self.loss_function(inputs)).sum().backward()
         if not same_dtype:
-            self.main_grad_VH.add_(self.weight_VH.grad)
+            gradient_VH = self.weight_VH.grad
+            assert gradient_VH is not None, "the backward made it"
+            self.main_grad_VH.add_(gradient_VH)
         self.weight_VH.grad = None
 
 

@@ -138,7 +138,7 @@ class _Collectives(TorchDispatchMode):
     """Counts the collectives called inside, and the bytes that this rank hands to them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.calls: Counter[str] = Counter()
         self.bytes = 0
 

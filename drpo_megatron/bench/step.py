@@ -82,6 +82,8 @@ def _loss_ratios(model_path: Path) -> list[float]:
     hf = HFModelConfig.load(model_path)
     (model,) = build_model(hf, layout, params_dtype=torch.float32, spec_backend=spec_backend())
     load_hf([model], model_path, hf)
+    weight_VH = output_weight(model)
+    assert weight_VH is not None, "one stage is the last one"
 
     total = SEQUENCES * LENGTH
     tokens_T = torch.randint(0, hf.vocab_size, (total,), device=device())
@@ -98,7 +100,7 @@ def _loss_ratios(model_path: Path) -> list[float]:
     def drpo(hidden_TH: torch.Tensor) -> torch.Tensor:
         return fused_policy_loss(
             hidden_TH,
-            output_weight(model),
+            weight_VH,
             labels_T,
             mask_T=everywhere_T,
             loss_function=loss_function,
@@ -110,7 +112,7 @@ def _loss_ratios(model_path: Path) -> list[float]:
         ).loss
 
     def cross_entropy(hidden_TH: torch.Tensor) -> torch.Tensor:
-        logits_TV = torch.nn.functional.linear(hidden_TH, output_weight(model))
+        logits_TV = torch.nn.functional.linear(hidden_TH, weight_VH)
         return vocab_parallel_cross_entropy(logits_TV.float(), labels_T).mean()
 
     def seconds(loss: object) -> float:

@@ -237,7 +237,9 @@ class _Receiver:
             flat = flats.fill(bucket)
             if in_flight is not None:
                 in_flight[0].wait()
-            in_flight = dist.broadcast(flat, src=0, async_op=True), flat
+            work = dist.broadcast(flat, src=0, async_op=True)
+            assert work is not None, "both ranks are in the group"
+            in_flight = work, flat
         assert in_flight is not None
         in_flight[0].wait()
         dist.barrier()  # the other one has it all

@@ -4,12 +4,13 @@ without a process group.
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -82,7 +83,7 @@ class CheckpointReader(Mapping[str, StoredTensor]):
                 # Two spellings of a norm hold the same values.
                 self._places.setdefault(name, place)
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, io.BufferedReader] = {}
 
     def __getitem__(self, name: str) -> StoredTensor:
         place = self._places[name]
@@ -140,7 +141,7 @@ class CheckpointReader(Mapping[str, StoredTensor]):
         target.copy_(rows[(*[slice(None)] * (lead + 1), *inside[lead + 1 :])])
         return target.numel()
 
-    def _locate(self, key: str, chunk: ChunkStorageMetadata) -> tuple[BinaryIO, int, torch.Tensor]:
+    def _locate(self, key: str, chunk: ChunkStorageMetadata) -> tuple[io.BufferedReader, int, torch.Tensor]:
         """(file, position of the chunk's values in it, the chunk without its values)."""
         index = MetadataIndex(key, chunk.offsets)
         if index not in self._storage:
@@ -151,7 +152,8 @@ class CheckpointReader(Mapping[str, StoredTensor]):
             if info.relative_path not in self._files:
                 self._files[info.relative_path] = path.open("rb")
             file = self._files[info.relative_path]
-            view = _create_file_view(file, info.offset, info.length)
+            # torch calls it an IOBase, which its own `load` does not take.
+            view: Any = _create_file_view(file, info.offset, info.length)
             whole = torch.load(view, map_location="meta", weights_only=True)
             if whole.shape != chunk.sizes or whole.dtype != self._stored[key].properties.dtype:
                 raise ValueError(f"{tuple(whole.shape)} {whole.dtype} and not {tuple(chunk.sizes)}")
@@ -160,7 +162,7 @@ class CheckpointReader(Mapping[str, StoredTensor]):
         # torch notes here where the values are that it was told not to read.
         return file, info.offset + whole.untyped_storage()._checkpoint_offset, whole
 
-    def _read_into(self, file: BinaryIO, position: int, tensor: torch.Tensor) -> None:
+    def _read_into(self, file: io.BufferedReader, position: int, tensor: torch.Tensor) -> None:
         """Read into a contiguous tensor. Not mapped: pages of a mapped file would count as this process's memory."""
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         while rest:

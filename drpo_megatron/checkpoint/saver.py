@@ -165,16 +165,17 @@ class Saver:
 
     def _on_rank_0[T](self, work: Callable[[], T]) -> T:
         """`work()` of rank 0 alone, on all ranks. An error of it is raised on all of them."""
-        result, error = None, None
+        result: T | None = None
+        error: str | None = None
         if dist.get_rank() == 0:
             try:
                 result = work()
             except (CheckpointError, OSError) as failure:
                 error = f"{failure}"
-        result, error = from_rank_0((result, error))
-        if error is not None:
-            raise CheckpointError(error)
-        return result
+        answer: tuple[T, str | None] = from_rank_0((result, error))
+        if answer[1] is not None:
+            raise CheckpointError(answer[1])
+        return answer[0]
 
 
 def leave_alone_what_stays() -> None:

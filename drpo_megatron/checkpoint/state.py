@@ -251,7 +251,8 @@ def _without_a_gather(policy: Policy, is_loading: bool) -> Iterator[None]:
     """
     parts = [p for p in _parts(policy) if isinstance(p, DistributedOptimizer) and p.data_parallel_group.size() == 1]
     for part in parts if not is_loading else ():
-        part.sharded_param_state_fully_reshardable = partial(_own_state, part)
+        # Of this instance alone, until it is saved.
+        part.sharded_param_state_fully_reshardable = partial(_own_state, part)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -261,12 +262,13 @@ def _without_a_gather(policy: Policy, is_loading: bool) -> Iterator[None]:
 
 def _own_state(part: DistributedOptimizer, model: dict[str, Any], *_: Any) -> dict[int, Any]:
     """What Megatron-Core's method of that name makes: by number of the parameter, its tensors over the whole model."""
-    tensors, _ = extract_sharded_tensors_and_factories(model)
+    tensors, _others = extract_sharded_tensors_and_factories(model)
     of_parameter = {sharded.data: sharded for sharded in nested_values(tensors)}
     state: dict[int, Any] = {}
     for buffer in part.buffers:
         for parameter in buffer.param_index_map:
-            sharded, of_one = of_parameter[parameter], {}
+            sharded = of_parameter[parameter]
+            of_one: dict[str, Any] = {}
             for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
                 if name != "step":
                     changes = {"key": f"optimizer.state.{name}.{sharded.key}", "data": tensor.view(parameter.shape)}

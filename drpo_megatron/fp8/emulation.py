@@ -192,7 +192,7 @@ def linear(x: Tensor, weight: Tensor, quantizer: Quantizer, bias: Tensor | None 
     if not quantizer.active:
         return F.linear(x, weight, bias)
     record, scales = quantizer.is_recorded(), quantizer.forward_scales()
-    y = _QuantizedLinear.apply(x, weight, quantizer, record, torch.is_grad_enabled(), scales)
+    y: Tensor = _QuantizedLinear.apply(x, weight, quantizer, record, torch.is_grad_enabled(), scales)
     return y if bias is None else y + bias
 
 
@@ -266,7 +266,8 @@ def emulate(model: GPTModel, fp8: Fp8Config) -> None:
     for layer in model.decoder.layers:
         if layer.layer_number - 1 not in layers:
             continue
-        for module in list(layer.modules()):
+        modules: list[Any] = list(layer.modules())
+        for module in modules:
             if type(module) in EMULATED:
                 module.__class__ = EMULATED[type(module)]
                 module.quantizer = Quantizer(fp8, module.weight.device)

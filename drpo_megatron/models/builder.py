@@ -6,7 +6,7 @@ The last stage returns hidden states, not logits: the projection to the vocabula
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from drpo_megatron.config.schema import Fp8Config
 from drpo_megatron.fp8.emulation import emulate
 from drpo_megatron.fp8.recipes import is_emulated, transformer_engine_arguments
 from drpo_megatron.models.hf_config import HFModelConfig, check_layout, padded_vocab_size
-from drpo_megatron.models.hf_sections import MLAConfig, RopeConfig
+from drpo_megatron.models.mla_arguments import has_rope_kernel, mla_arguments
 from drpo_megatron.models.packs import positioned_seq_params, prefix_packed_seq_params, rotate_by_position
 from drpo_megatron.models.rope import inverse_frequencies
 from drpo_megatron.models.routing import MicroBatchRouting, RoutedSeqParams, RouterTraining, bind_routers
@@ -88,7 +88,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `hf` under `layout`. Every architecture number comes from `hf`."""
     fused = spec_backend == "transformer_engine"
-    full = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
+    full: dict[str, Any] = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
     return (MLATransformerConfig if hf.mla else TransformerConfig)(
         num_layers=hf.num_layers,
         hidden_size=hf.hidden_size,
@@ -124,7 +124,7 @@ def transformer_config(
         recompute_granularity=None if recompute == "none" else recompute,
         **full,
         **_moe_arguments(hf, layout, router or RouterTraining(), fused),
-        **_mla_arguments(hf),
+        **mla_arguments(hf),
         **transformer_engine_arguments(fp8 or Fp8Config()),
         # The loss returns (sum, tokens): the schedule divides by the global count and not by the micro-batches.
         calculate_per_token_loss=True,
@@ -142,7 +142,7 @@ def transformer_config(
         # These fusions are Transformer Engine, apex or torch.compile kernels.
         bias_activation_fusion=fused and hf.activation == "silu",
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused and (hf.mla is None or _has_rope_kernel(hf.mla, hf.rope)),
+        apply_rope_fusion=fused and (hf.mla is None or has_rope_kernel(hf.mla, hf.rope)),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
@@ -175,33 +175,6 @@ def _moe_arguments(hf: HFModelConfig, layout: ParallelLayout, router: RouterTrai
         # Transformer Engine's kernels.
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-    }
-
-
-def _has_rope_kernel(mla: MLAConfig, rope: RopeConfig) -> bool:
-    """Whether Megatron-Core has a kernel for this latent attention: with yarn, and powers of two (a Triton kernel)."""
-    sizes = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim)
-    return rope.type == "yarn" and all(size & (size - 1) == 0 for size in sizes)
-
-
-def _mla_arguments(hf: HFModelConfig) -> dict[str, Any]:
-    mla, rope = hf.mla, hf.rope
-    if mla is None:
-        return {}
-    return {
-        "q_lora_rank": mla.q_lora_rank,
-        "kv_lora_rank": mla.kv_lora_rank,
-        "qk_head_dim": mla.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
-        "v_head_dim": mla.v_head_dim,
-        "rope_type": "yarn" if rope.type == "yarn" else "rope",
-        "rotary_base": rope.theta,
-        "rotary_scaling_factor": rope.factor,
-        "original_max_position_embeddings": rope.original_max_position_embeddings or hf.max_position_embeddings,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-        "mscale": rope.mscale,
-        "mscale_all_dim": rope.mscale_all_dim,
     }
 
 
@@ -297,16 +270,18 @@ def _add_weight_gradients_in_place(model: GPTModel) -> None:
 
     Each weight must be used once in a forward: of the first micro-batch in FP8 the gradient is written and not added.
     """
-    for module in model.modules():
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DistributedDataParallel and similar wrappers, or `model` itself."""
-    while not isinstance(model, GPTModel):
-        model = model.module
-    return model
+    inner: Any = model
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def forward_packed(
@@ -338,7 +313,7 @@ def forward_packed(
     config = unwrap(model).config
     context = config.context_parallel_size
     if context == 1 and config.transformer_impl == "local":
-        packed = positioned_seq_params(cu_seqlens, max_seqlen, tokens_T.numel(), routing)
+        packed: RoutedSeqParams = positioned_seq_params(cu_seqlens, max_seqlen, tokens_T.numel(), routing)
         return _forward(model, tokens_T, position_ids_T, packed)
     if cu_seqlens.numel() > 2 and max_seqlen == context * tokens_T.numel():
         # Megatron-Core's unfused rotary embedding takes a frequency table of T rows for one with a row a packed token.
@@ -347,7 +322,9 @@ def forward_packed(
         max_seqlen += 1
     # Transformer Engine cuts the padded sequences into the ranks' chunks. Padding belongs to its sequence, at the end,
     # where causal attention leaves it unseen: both kinds of bounds are the same, and nothing lies between sequences.
-    padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens, "pad_between_seqs": False}
+    padded: dict[str, Any] = {}
+    if context > 1:
+        padded = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens, "pad_between_seqs": False}
     packed = RoutedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -355,7 +332,7 @@ def forward_packed(
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         routing=routing,
-        **(padded if context > 1 else {}),
+        **padded,
     )
     return _forward(model, tokens_T, position_ids_T, packed)
 
@@ -363,9 +340,10 @@ def forward_packed(
 def _forward(
     model: torch.nn.Module, tokens_T: torch.Tensor, position_ids_T: torch.Tensor, packed: RoutedSeqParams
 ) -> torch.Tensor:
-    return model(
+    hidden: torch.Tensor = model(
         input_ids=tokens_T[None], position_ids=position_ids_T[None], attention_mask=None, packed_seq_params=packed
     )
+    return hidden
 
 
 def output_weight(model: torch.nn.Module) -> torch.nn.Parameter | None:
@@ -393,7 +371,9 @@ def logits(model: torch.nn.Module, hf: HFModelConfig, hidden_1TH: torch.Tensor) 
     hidden_TH = hidden_1TH.squeeze(0)
     if gpt.config.sequence_parallel:
         hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=group)
-    local_TV = F.linear(hidden_TH, output_weight(gpt))
+    weight_VH = output_weight(gpt)
+    assert weight_VH is not None, "only the last stage has logits"
+    local_TV = F.linear(hidden_TH, weight_VH)
     shards = [torch.empty_like(local_TV) for _ in range(group.size())]
     dist.all_gather(shards, local_TV.contiguous(), group=group)
     return torch.cat(shards, dim=-1)[:, : hf.vocab_size]

@@ -30,7 +30,7 @@ def flex_prefix_attention(
     """
     prefixes = pack.segments_of(query.size(0))
     mask = pack.plans.get(__name__) or pack.plans.setdefault(__name__, block_mask(prefixes, query.device))
-    context_1nTe = _on(query.device, flex_attention)(
+    context_1nTe: torch.Tensor = _on(query.device, flex_attention)(
         *(x.transpose(0, 1)[None] for x in (query, key, value)),
         block_mask=mask,
         scale=softmax_scale,
@@ -68,7 +68,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_shared_prefixes(core_attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """Transformer Engine's core attention, which takes packs with shared prefixes too."""
 
-    class FlexCoreAttention(core_attention):
+    class FlexCoreAttention(core_attention):  # type: ignore[misc, valid-type]  # known when it runs
         def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
             self.flex_scale = softmax_scale

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -23,7 +23,8 @@ class ReplicatedLinear(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.empty(out_features, in_features, dtype=config.params_dtype, device=device)
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron-Core marks parameters so.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.linear(x, self.weight), None
@@ -63,7 +64,7 @@ class LocalMLASelfAttention(PlainQueryMLASelfAttention):
     gradient of the rotary part of the key, which all heads share, is then only that of each rank's own heads.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         device = self.linear_kv_up_proj.weight.device
         if config.q_lora_rank is not None:

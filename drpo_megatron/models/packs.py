@@ -112,9 +112,10 @@ class _ByPosition:
         if isinstance(packed_seq_params, PositionedSeqParams):
             return packed_seq_params
         of_parent: Any = super()
-        return of_parent.get_rotary_seq_len(
+        length: int = of_parent.get_rotary_seq_len(
             inference_context, transformer, transformer_input, transformer_config, packed_seq_params, **kwargs
         )
+        return length
 
     def forward(self, max_seq_len: int | PositionedSeqParams, *args: Any, **kwargs: Any) -> Any:
         of_parent: Any = super()
@@ -126,11 +127,11 @@ class _ByPosition:
         return (table[0][rows_T], *table[1:]) if isinstance(table, tuple) else table[rows_T]
 
 
-class PositionRotaryEmbedding(_ByPosition, RotaryEmbedding):
+class PositionRotaryEmbedding(_ByPosition, RotaryEmbedding):  # type: ignore[misc]  # a length may be a pack here
     pass
 
 
-class PositionYarnRotaryEmbedding(_ByPosition, YarnRotaryEmbedding):
+class PositionYarnRotaryEmbedding(_ByPosition, YarnRotaryEmbedding):  # type: ignore[misc]  # as above
     pass
 
 

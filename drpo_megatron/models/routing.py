@@ -153,7 +153,9 @@ class RolloutRouter(TopKRouter):
     @property
     def moe_layer(self) -> int:
         """Position of this layer among the model's mixture-of-experts layers, over all pipeline stages."""
-        return sum(self.config.moe_layer_freq[: self.layer_number - 1])
+        is_moe = self.config.moe_layer_freq
+        assert isinstance(is_moe, list), "models.builder gives a list"
+        return sum(is_moe[: self.layer_number - 1])
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -195,7 +197,8 @@ class RolloutRouter(TopKRouter):
         routing = self._routing()
         part = aux_loss * (routing.num_tokens / routing.num_update_tokens)
         routing.add_loss("aux", part / aux_loss_coeff)
-        return MoEAuxLossAutoScaler.apply(activation, part)
+        carrying: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, part)
+        return carrying
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`logits` [N, E], with this rank's part of the z-loss in the backward.
@@ -209,7 +212,8 @@ class RolloutRouter(TopKRouter):
         real_tokens = (~routing.padding_N).sum()
         part = z_loss_func(logits, 1.0, padding_mask=padding_mask) * (real_tokens / routing.num_update_tokens)
         routing.add_loss("z", part)
-        return MoEAuxLossAutoScaler.apply(logits, coefficient * part)
+        carrying: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, coefficient * part)
+        return carrying
 
     def _routing(self) -> MicroBatchRouting:
         if self.micro_batch is None:

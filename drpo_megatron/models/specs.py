@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_submodules
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
@@ -37,7 +37,8 @@ class RMSNorm(torch.nn.Module):
         self.zero_centered = config.layernorm_zero_centered_gamma
         initial = torch.zeros if self.zero_centered else torch.ones
         self.weight = torch.nn.Parameter(initial(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron-Core marks parameters so.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.zero_centered:
@@ -59,7 +60,7 @@ def block_spec(
         for layer in block.layer_specs:
             use_rollout_router(layer.submodules)
             attention = layer.submodules.self_attention.submodules
-            if config.multi_latent_attention and config.q_lora_rank is None:
+            if config.multi_latent_attention and _query_latent(config) is None:
                 layer.submodules.self_attention.module = PlainQueryMLASelfAttention
             attention.core_attention = with_shared_prefixes(attention.core_attention)
         return block
@@ -69,6 +70,11 @@ def block_spec(
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [moe if is_moe[layer] else dense for layer in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _query_latent(config: TransformerConfig) -> int | None:
+    """Of multi-latent attention: the width of the queries' latent; None where they have none."""
+    return cast(MLATransformerConfig, config).q_lora_rank
 
 
 def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
@@ -86,7 +92,7 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
     if config.multi_latent_attention:
         layer.self_attention.module = LocalMLASelfAttention
         attention.kv_layernorm = RMSNorm
-        attention.q_layernorm = IdentityOp if config.q_lora_rank is None else RMSNorm
+        attention.q_layernorm = IdentityOp if _query_latent(config) is None else RMSNorm
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return ModuleSpec(module=TransformerLayer, submodules=layer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -68,7 +69,7 @@ def search(
             continue
         for training in _trainers(config, hf, workload, device, assumed, trainers):
             ahead = config.rollout.schedule != "synchronous"
-            both = max if ahead else lambda a, b: a + b
+            both: Callable[[float, float], float] = max if ahead else operator.add
             pairs.append((both(training.seconds, serving.seconds), training.changes | serving.changes))
     found: list[Candidate] = []
     seen: set[ParallelLayout] = set()

@@ -107,14 +107,14 @@ def _redirect_tensors() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)
-    torch.nn.Module.to = _on_cpu(torch.nn.Module.to)
+    # Stand-ins take any arguments, which no type of what they stand for says.
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.to, module.to = _on_cpu(tensor.to), _on_cpu(module.to)
     # Moving to the GPU is the identity: the tensor is already on the only device.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.cuda = module.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
 
-    original_type = torch.Tensor.type
+    original_type: Callable[..., Any] = tensor.type
 
     @functools.wraps(original_type)
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def _redirect_tensors() -> None:
         answer = original_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = tensor_type
+    tensor.type = tensor_type
 
 
 class _NoStream:
@@ -167,7 +167,7 @@ class _NoStream:
 
 
 def _redirect_cuda_module() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda  # stand-ins take any arguments, which no type of what they stand for says
     stream = _NoStream()
     # Megatron-Core allocates with `device=torch.cuda.current_device()`.
     cuda.current_device = lambda: _CPU
@@ -227,6 +227,7 @@ def _alone_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
     def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group") or dist.group.WORLD
+        assert group is not None, "torch.distributed has been initialized"
         # One that is asked for by itself to run on its own must answer with a handle.
         answerless = not kwargs.get("async_op") or group in dist.distributed_c10d._world.pg_coalesce_state
         if answerless and group.size() == 1 and output.data_ptr() == source.data_ptr():
@@ -254,7 +255,7 @@ def _redirect_megatron() -> None:
 
     # These reach into CUDA's C++ generators, past torch.cuda.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, _alone_in_place(getattr(param_and_grad_buffer, name)))
@@ -269,9 +270,9 @@ def _redirect_megatron() -> None:
             self.param_data_cpu = torch.empty_like(self.param_data)
         offload(self, move_params, move_grads)
 
-    buffer.offload_to_cpu = offload_to_cpu
+    buffer.offload_to_cpu = offload_to_cpu  # type: ignore[method-assign]  # a stand-in
 
-    layers.fused_weight_gradient_mlp_cuda = _AccumulatingProducts
+    layers.fused_weight_gradient_mlp_cuda = _AccumulatingProducts  # type: ignore[attr-defined]  # only apex brings it
     layers._grad_accum_fusion_available = True
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

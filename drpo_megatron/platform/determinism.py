@@ -53,5 +53,6 @@ def enable() -> None:
         raise RuntimeError(f"training.deterministic needs {wanted} in the environment before the ranks start")
     torch.use_deterministic_algorithms(True)
     # Filling every empty tensor with NaN is for finding reads of uninitialised memory, not for repeatability.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # A property of the class that torch gives this module.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

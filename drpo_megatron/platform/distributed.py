@@ -54,7 +54,9 @@ def initialize(
         # Ties NCCL to this rank's device, and a broken network fails here. init_process_group's `device_id` would do it
         # too, but then every later group is split off this one, by all of its ranks: the weight group's are not there.
         dist.all_reduce(torch.zeros(1, device=device))
-    _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_s))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_s))
+    assert isinstance(control, dist.ProcessGroup), "every rank is in it"
+    _control = control
     _build_groups(layout, timeout_s)
     _seed_everything(seed)
 

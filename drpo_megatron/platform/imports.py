@@ -75,8 +75,10 @@ def compile_nothing() -> None:
         return
     import torch
 
-    torch.compile = torch.compiler.disable = torch.compiler.allow_in_graph = _as_it_is
-    torch.compiler.assume_constant_result = _as_it_is
+    # A stand-in for functions of several signatures.
+    compiler: Any = torch.compiler
+    compiler.disable = compiler.allow_in_graph = compiler.assume_constant_result = _as_it_is
+    torch.compile = _as_it_is  # type: ignore[assignment]
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
@@ -152,7 +154,7 @@ def _model_files_read_once() -> Iterator[None]:
 
     read = import_utils.create_import_structure_from_path
     # It remembers what it read, by the name of the folder there and by that of a file in it here.
-    import_utils.create_import_structure_from_path = lambda path: read(Path(path).parent)
+    import_utils.create_import_structure_from_path = lambda module_path: read(Path(module_path).parent)
     try:
         yield
     finally:

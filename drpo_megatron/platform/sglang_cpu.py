@@ -141,7 +141,7 @@ def sleep_while_paused() -> None:
         record(self)
         self.maybe_sleep_on_idle()
 
-    Scheduler._record_scheduler_state_for_paused_engine = record_and_wait
+    Scheduler._record_scheduler_state_for_paused_engine = record_and_wait  # type: ignore[method-assign]  # a stand-in
 
 
 def prepare(command_line: Sequence[str]) -> Any:

@@ -25,8 +25,8 @@ def install() -> None:
     """Replace the loops over requests in SGLang's torch attention. Imports SGLang."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
-    Backend._run_sdpa_forward_extend = _by_lengths(Backend._run_sdpa_forward_extend)
-    Backend._run_sdpa_forward_decode = _by_lengths(Backend._run_sdpa_forward_decode)
+    for name in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode"):
+        setattr(Backend, name, _by_lengths(getattr(Backend, name)))
 
 
 def attend(

@@ -94,6 +94,8 @@ def install() -> None:
         return torch.nn.functional.linear(round_groups(x), weight, bias)
 
     QUANTIZATION_METHODS[EMULATED] = EmulatedFp8Config
-    Fp8LinearMethod.process_weights_after_loading = keep
-    Fp8LinearMethod.apply = apply
-    Fp8MoEMethod.process_weights_after_loading = keep  # they load, and refuse to compute
+    # Stand-ins, with the parameters of what they stand for.
+    Fp8LinearMethod.process_weights_after_loading = keep  # type: ignore[method-assign]
+    Fp8LinearMethod.apply = apply  # type: ignore[method-assign]
+    # They load, and refuse to compute.
+    Fp8MoEMethod.process_weights_after_loading = keep  # type: ignore[method-assign]

@@ -151,8 +151,8 @@ class ServerAdmin:
             "logprob_start_len": 0,
             "return_routed_experts": routed_experts,
         }
-        answer = self._call("POST", "/generate", body, timeout_s)
-        return answer["meta_info"]
+        meta_info: dict[str, Any] = self._call("POST", "/generate", body, timeout_s)["meta_info"]
+        return meta_info
 
     def model_info(self, timeout_s: float) -> dict[str, Any]:
         """`weight_version`, `model_path` and more."""

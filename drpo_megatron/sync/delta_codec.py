@@ -153,7 +153,7 @@ def _split(values: NDArray[np.unsignedinteger], width: int) -> Iterator[bytes]:
 
 def _join(planes: Bytes, unsigned: np.dtype[Any]) -> NDArray[np.unsignedinteger]:
     """Values from their planes, uint8 [width, n]."""
-    values = planes[0].astype(unsigned)
+    values: NDArray[np.unsignedinteger] = planes[0].astype(unsigned)
     for byte, plane in enumerate(planes[1:], start=1):
         values |= plane.astype(unsigned) << (8 * byte)
     return values

@@ -119,7 +119,9 @@ class DistributedTransport:
                 timeout_s=timeout_s,
             )
         )
-        return _InFlight(flat, answers, dist.broadcast(flat, src=0, group=self._group, async_op=True))
+        broadcast = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        assert broadcast is not None, "this rank is in the group"
+        return _InFlight(flat, answers, broadcast)
 
 
 @dataclass
@@ -153,8 +155,9 @@ def _process_group(backend: str, store: dist.Store, world_size: int, name: str, 
         [],
         c10d.Backend(backend),
         dist.PrefixStore(name, store),
-        group_name=name,
+        group_name=c10d.GroupName(name),
         timeout=timedelta(seconds=timeout_s),
     )
+    assert isinstance(group, dist.ProcessGroup), "this rank is in the group"
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group

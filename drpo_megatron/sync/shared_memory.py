@@ -68,7 +68,8 @@ def serialize(named_tensors: list[tuple[str, torch.Tensor]]) -> str:
 
 def _shared(nbytes: int) -> torch.Tensor:
     with _named_files():
-        return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+        memory: torch.Tensor = torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+    return memory
 
 
 @contextlib.contextmanager

@@ -243,7 +243,8 @@ def _cuda_tensor_hash() -> Callable[[torch.Tensor], int]:
         raise RuntimeError(f"{source} is missing: install the version that setup.py names")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.gpu_tensor_hash
+    gpu_tensor_hash: Callable[[torch.Tensor], int] = module.gpu_tensor_hash
+    return gpu_tensor_hash
 
 
 def _even_shard(name: str, whole: torch.Tensor, dim: int, index: int, shards: int) -> torch.Tensor:

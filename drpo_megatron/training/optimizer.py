@@ -5,7 +5,9 @@ gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,16 +19,19 @@ from megatron.core.utils import get_model_config
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.fp8.recipes import uses_transformer_engine
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 
 def wrap_data_parallel(
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[MegatronModule],
     distributed_optimizer: bool,
     *,
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_parameters: int | None = None,
     fp8_parameters: bool = False,
-) -> list[torch.nn.Module]:
+) -> list[DistributedDataParallel]:
     """Megatron DDP around each model chunk. Gradients are summed in fp32 and never averaged.
 
     The loss already carries its global denominator (`TrainBatch.weights_T`), so finalizing must not divide by a token
@@ -50,7 +55,7 @@ def wrap_data_parallel(
     for chunk in wrapped:
         chunk.broadcast_params()
 
-    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(model, None, **kwargs)
 
     model_config = get_model_config(wrapped[0])
@@ -63,7 +68,7 @@ def wrap_data_parallel(
 
 
 def build_optimizer(
-    config: RunConfig, chunks: list[torch.nn.Module]
+    config: RunConfig, chunks: Sequence[torch.nn.Module]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam with fp32 main weights, and its schedule counted in optimizer updates."""
     settings = config.optimizer

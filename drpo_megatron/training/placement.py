@@ -32,6 +32,9 @@ from drpo_megatron.rollout.memory import FleetMemory
 from drpo_megatron.training.step import Policy
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
     from drpo_megatron.training.experience import Experience
 
 
@@ -170,7 +173,7 @@ class TrainerMemory:
     first way.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
         self._chunks = chunks
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         of_model = {_address(p) for p in parameters}
@@ -237,7 +240,7 @@ class TrainerMemory:
         torch.cuda.synchronize()
         self._state_is_here = True
 
-    def _buffers(self) -> Iterator[torch.nn.Module]:
+    def _buffers(self) -> Iterator[_ParamAndGradBuffer]:
         for chunk in self._chunks:
             yield from chunk.buffers
             yield from chunk.expert_parallel_buffers

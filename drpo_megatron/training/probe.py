@@ -64,7 +64,8 @@ class ProbeMismatch(SyncMismatch):
 def probe_tokens(vocab_size: int, seed: int) -> list[int]:
     """NUM_TOKENS token ids, random and the same for the same arguments."""
     # SGLang mentions the last id of a vocabulary as 0: it is left out.
-    return np.random.default_rng(seed).integers(0, vocab_size - 1, NUM_TOKENS).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(0, vocab_size - 1, NUM_TOKENS).tolist()
+    return tokens
 
 
 @torch.no_grad()
@@ -144,7 +145,9 @@ def _score(
     """The 3-tuple of Megatron's schedule, the last of it (positions [N], log-probs [N]) of this rank's tokens."""
     projection, mask_T = policy.config.algorithm.projection, batch.mask_T
     vocabulary: dict[str, Any] = policy.objective.vocabulary | {"temperature": 1.0}
-    projected = (hidden_1TH.squeeze(0), output_weight(model), batch.labels_T)
+    weight_VH = output_weight(model)
+    assert weight_VH is not None, "the schedule scores on the last stage"
+    projected = (hidden_1TH.squeeze(0), weight_VH, batch.labels_T)
     if projection.backend == "fused":
         logp_N, _ = fused_logprobs(*projected, mask_T=mask_T, memory_budget=projection.memory_budget, **vocabulary)
     else:

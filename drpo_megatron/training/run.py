@@ -135,11 +135,12 @@ class Run:
         with self.timer("pack"):
             parts = groups_of_updates(groups, self.config.training.updates_per_batch)
             algorithm = self.config.algorithm
-            return from_rank_0(
+            packed: list[list[TrainSequence]] = from_rank_0(
                 [train_sequences(part, algorithm.aggregation, self.config.horizon) for part in parts]
                 if groups
                 else None
             )
+        return packed
 
     def train(self, sequences: list[TrainSequence]) -> UpdateResult:
         """One optimizer update."""

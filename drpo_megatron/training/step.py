@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +30,9 @@ from drpo_megatron.training.packing import TrainSequence, token_places
 from drpo_megatron.training.prefix import pack_update, sharing_mode
 from drpo_megatron.training.routing import RoutingStats, UpdateRouting, expert_biases, router_training
 from drpo_megatron.weights.importer import load_hf
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Policy:
         self.forward_backward = get_forward_backward_func()
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
+    def modules(self) -> list[MegatronModule]:
         """The model's chunks with whole weights, to be read. Collective after an update with `overlap_param_gather`."""
         if not self._weights_are_whole:
             for chunk in self.chunks:
@@ -213,5 +217,7 @@ class Policy:
         self, batch: TrainBatch, model: torch.nn.Module, hidden_1TH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchReport]:
         """(loss, number of trained tokens, diagnostics) of one micro-batch: the 3-tuple of Megatron's schedule."""
-        loss, report = self.objective(batch, hidden_1TH.squeeze(0), output_weight(model))
+        weight_VH = output_weight(model)
+        assert weight_VH is not None, "the schedule asks for the loss on the last stage"
+        loss, report = self.objective(batch, hidden_1TH.squeeze(0), weight_VH)
         return loss, batch.mask_T.sum().int(), report

@@ -95,4 +95,5 @@ class WeightGradient:
         """Add operandᵀ·hidden to the given distinct rows; return the squared norm of what was added, a scalar."""
         product_KH = torch.mm(operand_CK.t(), hidden_CH).to(self.total_VH.dtype)
         self.total_VH.index_add_(0, rows_K, product_KH)
-        return torch.linalg.vector_norm(product_KH).square()
+        norm: Tensor = torch.linalg.vector_norm(product_KH)
+        return norm.square()

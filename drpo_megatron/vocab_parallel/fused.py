@@ -155,7 +155,7 @@ def _returned_weight_gradient(weight_VH: Tensor, gradient: WeightGradient) -> Te
     """
     if not gradient.in_main_grad:
         return gradient.total_VH.to(weight_VH.dtype)
-    weight_VH.grad_added_to_main_grad = True
+    weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron-Core marks parameters so
     if getattr(weight_VH, "zero_out_wgrad", False):
         # Tied to the embedding on this rank, whose gradient runs the hooks and is added by them.
         return None

@@ -139,6 +139,7 @@ def _send_to_first(
     if source == 0:
         return shards
     if group.rank() == source:
+        assert shards is not None, f"{item.name} is not on the rank that holds it"
         dist.send(shards, group=group, group_dst=0)
     if group.rank() != 0:
         return None

@@ -55,7 +55,8 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         with _reading(self._file, self._name):
-            return self._slice[index]
+            values: torch.Tensor = self._slice[index]
+        return values
 
 
 class SafetensorsReader(Mapping[str, LazyTensor]):

@@ -1,0 +1,4 @@
+from torch.distributed import ProcessGroup
+
+class ProcessGroupCollection:
+    cp: ProcessGroup

@@ -1,0 +1,4 @@
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear as ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear as RowParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed as model_parallel_cuda_manual_seed

@@ -1,0 +1,3 @@
+import torch
+
+def vocab_parallel_cross_entropy(vocab_parallel_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor: ...

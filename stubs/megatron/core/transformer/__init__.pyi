@@ -1,0 +1,3 @@
+from megatron.core.transformer.spec_utils import ModuleSpec as ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig as MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig as TransformerConfig

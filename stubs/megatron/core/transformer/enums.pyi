@@ -1,0 +1,5 @@
+import enum
+
+class AttnMaskType(enum.Enum):
+    padding = 1
+    causal = 2

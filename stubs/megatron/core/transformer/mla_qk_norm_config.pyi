@@ -1,0 +1,9 @@
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+# Specs of submodules, which Megatron-Core does not annotate either, go in and come out.
+class QKNormConfigResolver:
+    def __init__(self, config: MLATransformerConfig, submodules: Any) -> None: ...
+    def resolve(self) -> Any: ...
+    def _mla_fused_linear_or_default(self, module_spec: Any, module_name: str) -> Any: ...

@@ -1,0 +1,1 @@
+from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu as maybe_move_tensor_to_cpu

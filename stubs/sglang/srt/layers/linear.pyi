@@ -1,0 +1,3 @@
+import torch
+
+class LinearBase(torch.nn.Module): ...

@@ -1,0 +1,3 @@
+import torch
+
+class FusedMoE(torch.nn.Module): ...

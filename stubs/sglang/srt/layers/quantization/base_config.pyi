@@ -1,0 +1,29 @@
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+
+class QuantizeMethodBase(ABC): ...
+
+class QuantizationConfig(ABC):
+    packed_modules_mapping: dict[str, list[str]]
+
+    def __init__(self) -> None: ...
+    @abstractmethod
+    def get_name(self) -> str: ...
+    @classmethod
+    @abstractmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]: ...
+    @classmethod
+    @abstractmethod
+    def get_min_capability(cls) -> int: ...
+    @staticmethod
+    @abstractmethod
+    def get_config_filenames() -> list[str]: ...
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> Self: ...
+    @abstractmethod
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None: ...
+    @abstractmethod
+    def get_scaled_act_names(self) -> list[str]: ...

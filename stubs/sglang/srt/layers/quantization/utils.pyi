@@ -1,0 +1,3 @@
+from collections.abc import Mapping
+
+def is_layer_skipped(prefix: str, ignored_layers: list[str], fused_mapping: Mapping[str, list[str]] = ...) -> bool: ...
