@@ -160,8 +160,8 @@ def change_too_much() -> None:
 
 def test_what_may_not_be_left_is_named() -> None:
     """A replaced class, a mode of torch, a handler of a log, a process. Its rank is ended, and its process with it."""
-    with pytest.raises(AssertionError, match="LeftBehind") as left:
-        run_ranks(1, change_too_much, fresh=True)
+    with Pool("forkserver") as pool, pytest.raises(AssertionError, match="LeftBehind") as left:
+        pool.run(1, change_too_much, ())
     for says in (
         "drpo_megatron.training.packing.TrainSequence is another one",
         "torch's default dtype: torch.float64",

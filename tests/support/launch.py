@@ -39,7 +39,7 @@ def run_ranks(
     TimeoutError with the stacks of the ranks that did not answer. Neither leaves a process behind.
     """
     if fresh or spawn or has_cuda():
-        with Pool("spawn" if spawn or has_cuda() else "forkserver") as own:
+        with Pool("spawn" if spawn or has_cuda() else "forkserver", may_leave=True) as own:
             return own.run(world, function, args, timeout_s=timeout_s)
     return _pool().run(world, function, args, timeout_s=timeout_s)
 

@@ -41,9 +41,13 @@ class _Member:
 
 
 class Pool:
-    """Ranks 0, 1, ... of one machine, each started when it is first needed. A context manager ends them."""
+    """Ranks 0, 1, ... of one machine, each started when it is first needed. A context manager ends them.
 
-    def __init__(self, method: Literal["forkserver", "spawn"]) -> None:
+    may_leave: the only function that they get may leave behind what it likes.
+    """
+
+    def __init__(self, method: Literal["forkserver", "spawn"], may_leave: bool = False) -> None:
+        self._may_leave = may_leave
         self._context = multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(_PRELOADED)
@@ -72,7 +76,9 @@ class Pool:
         members = self._members[:world]
         try:
             for rank, member in enumerate(members):
-                member.connection.send_bytes(pickle.dumps((_environment(rank, world, store.port), job)))
+                member.connection.send_bytes(
+                    pickle.dumps((_environment(rank, world, store.port), job, self._may_leave))
+                )
             return self._answers(members, time.monotonic() + timeout_s)
         except BaseException:  # also an interrupt: what these ranks would say next is of this function
             self._kill()
@@ -168,10 +174,10 @@ def _serve(connection: multiprocessing.connection.Connection, stack_file: Path, 
         faulthandler.register(signal.SIGUSR1, file=stacks)
         while True:
             try:
-                environment, job = pickle.loads(connection.recv_bytes())
+                environment, job, may_leave = pickle.loads(connection.recv_bytes())
             except EOFError:
                 return
-            connection.send_bytes(pickle.dumps(_answer(environment, job)))
+            connection.send_bytes(pickle.dumps(_answer(environment, job, may_leave)))
 
 
 def _end_with_the_parent(owner: int) -> None:
@@ -191,7 +197,7 @@ def _end_with_the_parent(owner: int) -> None:
         os._exit(1)  # it ended before
 
 
-def _answer(environment: dict[str, str], job: bytes) -> tuple[bytes | None, str | None]:
+def _answer(environment: dict[str, str], job: bytes, may_leave: bool) -> tuple[bytes | None, str | None]:
     """(the pickled result, None), or (None, what went wrong)."""
     import torch
 
@@ -201,7 +207,7 @@ def _answer(environment: dict[str, str], job: bytes) -> tuple[bytes | None, str 
         function, args = pickle.loads(job)
         from tests.support.leftovers import nothing_left_behind
 
-        with nothing_left_behind():
+        with contextlib.nullcontext() if may_leave else nothing_left_behind():
             # As bytes: torch's own pickling would hand over file descriptors that end with this process.
             return pickle.dumps(function(*args)), None
     except BaseException:  # noqa: BLE001 - a rank's failure, whatever it is, is the test's result
