@@ -50,7 +50,8 @@ def test_requests_and_other_weights_are_found(borrow: Loans, monkeypatch: pytest
         server_pool.restore(dataclasses.replace(pooled, checksums=other))
     with monkeypatch.context() as busy, pytest.raises(AssertionError, match="0 requests run in it and 1 wait"):
         busy.setattr(ServerAdmin, "load", lambda *_: (0, 1))
-        busy.setattr(server_pool, "IDLE_S", 10.0)
+        busy.setattr(ServerAdmin, "score", lambda *_, **__: {})
+        busy.setattr(server_pool, "IDLE_S", 0.0)
         server_pool.restore(pooled)
 
 
