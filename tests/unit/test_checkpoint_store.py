@@ -122,7 +122,7 @@ def test_old_ones_are_deleted_beside_training(tmp_path: Path, monkeypatch: pytes
     may_delete, rmtree = threading.Event(), shutil.rmtree
 
     def slow(path: Path) -> None:
-        assert may_delete.wait(timeout=60)
+        assert may_delete.wait(timeout=300)
         rmtree(path)
 
     monkeypatch.setattr(shutil, "rmtree", slow)

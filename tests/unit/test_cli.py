@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shlex
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,55 +140,3 @@ def test_every_command_has_examples_that_are_commands(name: str, capsys: pytest.
         assert program == "drpo" and words[0] == name and f"  {example}\n" in shown
         if getattr(parsed, "config", None):
             load_config(ROOT / parsed.config, parsed.overrides)
-
-
-def test_the_help_starts_no_heavy_library() -> None:
-    """`drpo --help` is a matter of the imports: none of those that take a second."""
-    code = """
-import sys
-from drpo_megatron import cli
-try:
-    cli.main(["--help"])
-except SystemExit:
-    pass
-print([name for name in ("torch", "pandas", "matplotlib", "transformers", "sglang", "megatron") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def completions(line: str, directory: Path) -> list[str]:
-    """What a shell offers at the end of `line`, asked for by argcomplete's protocol: variables, and file 8."""
-    out = directory / "completions"
-    environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"}
-    environment |= {"COMP_TYPE": "9", "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "_ARGCOMPLETE_SHELL": "bash"}
-    command = shlex.join([sys.executable, "-c", "from drpo_megatron.cli import main; main()"])
-    subprocess.run(
-        ["bash", "-c", f"{command} 8> {shlex.quote(str(out))} 9> /dev/null"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        cwd=directory,
-        check=True,
-    )
-    return [offer.rstrip() for offer in out.read_text().split("\n") if offer]
-
-
-def test_the_shell_completes(tmp_path: Path) -> None:
-    for path in (
-        "configs/a.yaml",
-        "configs/notes.txt",
-        "runs/one/metrics.jsonl",
-        "runs/two/config.yaml",
-        "runs/none/x",
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("")
-    assert {"train", "plan", "status"} <= set(completions("drpo ", tmp_path))
-    assert completions("drpo tra", tmp_path) == ["train"]
-    assert completions("drpo train --dry", tmp_path) == ["--dry-run"]
-    assert completions("drpo train configs/", tmp_path) == ["configs/a.yaml"]
-    assert sorted(completions("drpo status runs/", tmp_path)) == ["runs/none/", "runs/one", "runs/two"]
-    assert completions("drpo train configs/a.yaml training.update", tmp_path) == ["training.updates_per_batch="]
-    # Behind a character that breaks words for the shell it wants the rest alone.
-    assert completions("drpo train configs/a.yaml model.dtype=", tmp_path) == ["float32", "bfloat16"]
-    assert completions("drpo train configs/a.yaml training.export=f", tmp_path) == ["false"]
-    assert completions("drpo train configs/a.yaml training.steps=", tmp_path) == []

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from drpo_megatron.checkpoint.manifest import CheckpointError
 from drpo_megatron.checkpoint.reader import CheckpointReader
 from drpo_megatron.commands import EXIT_REFUSED
 from drpo_megatron.weights import convert_verify, fp8
-from drpo_megatron.weights.convert_jobs import run_in_processes
 from drpo_megatron.weights.convert_to_checkpoint import hf_to_checkpoint
 from drpo_megatron.weights.convert_to_hf import checkpoint_to_hf
 from drpo_megatron.weights.convert_verify import VerificationError, verify_export, verify_import
@@ -119,25 +114,6 @@ def test_a_slice_reads_little(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     embedding = reader["embedding.word_embeddings.weight"][10:12]
     layer = reader["decoder.layers.2.mlp.linear_fc2.weight"][8:16]
     assert read == [embedding.nbytes, layer.nbytes] == [2 * 64 * 4, 8 * 96 * 4]
-
-
-def test_several_processes_write_the_same_files(models: Path, tmp_path: Path) -> None:
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        hf_to_checkpoint(models / "qwen3_moe", out / "checkpoint", max_shard_bytes=200_000, processes=processes)
-        checkpoint_to_hf(out / "checkpoint", out / "hf", max_shard_bytes=200_000, processes=processes)
-    for one in sorted((tmp_path / "1").rglob("*.*")):
-        if one.is_file() and one.name not in (".metadata", manifest.MANIFEST):  # a random id; the time
-            assert one.read_bytes() == (tmp_path / "2" / one.relative_to(tmp_path / "1")).read_bytes(), one
-
-
-def _end_itself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_writer_is_reported() -> None:
-    with pytest.raises(ChildProcessError, match="fewer --processes"):
-        run_in_processes(1, _end_itself, [()])
 
 
 def test_cast_keeps_the_routers_bias(models: Path, tmp_path: Path) -> None:
@@ -369,19 +345,3 @@ def test_what_is_left_out_is_said(models: Path, tmp_path: Path, capsys: pytest.C
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["convert", str(path), str(tmp_path / f"out-{said}"), "--to", "checkpoint", "--processes", "1"])
         assert exit_info.value.code == 0 and ("no place for lm_head.weight" in capsys.readouterr().out) == said
-
-
-def test_tools(models: Path, tmp_path: Path) -> None:
-    """The scripts, as a user starts them: both directions, with verification."""
-
-    def script(name: str, *arguments: str | Path) -> str:
-        command = [sys.executable, ROOT / "tools" / name, *arguments]
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
-
-    said = script("convert_hf_to_checkpoint.py", models / "qwen2", tmp_path / "checkpoint", "--verify")
-    assert "50 tensors equal the source's to the bit; logits of 64 random tokens are equal" in said
-    said = script(
-        "convert_checkpoint_to_hf.py", tmp_path / "checkpoint", tmp_path / "hf", "--dtype", "bf16", "--verify"
-    )
-    assert "to the bit in bf16" in said
-    assert (tmp_path / "hf" / "model.safetensors").is_file()

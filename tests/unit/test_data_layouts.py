@@ -14,8 +14,7 @@ from drpo_megatron.config.schema import DataConfig, FileData, RewardConfig
 from drpo_megatron.data import DataError
 from drpo_megatron.data.boxed import last_boxed
 from drpo_megatron.data.rows import Row, open_rows
-from drpo_megatron.records import Prompt, Rollout
-from drpo_megatron.rewards import RewardPool
+from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
 
 GSM8K = {"question": "Ann has 1,000 eggs and buys 234.", "answer": "1000 + 234 = <<1000+234=1234>>1,234\n#### 1,234"}
 MATH = {
@@ -114,7 +113,7 @@ def test_last_boxed(text: str, found: str | None) -> None:
 
 
 def test_math_verify_judges_answers_to_all_layouts(tmp_path: Path) -> None:
-    """From the files to the reward, in the verifier's own process."""
+    """From the files to the reward. In processes of their own: tests/slow/test_reward_memory.py."""
     judged = {
         "gsm8k": (GSM8K, ["1000 + 234 makes\n#### 1,234", r"\boxed{1234}"], ["#### 1,244", "234"]),
         "math": (MATH, [r"\boxed{\frac{3}{4}}", r"It is $\boxed{0.75}$."], [r"\boxed{\frac{4}{3}}", "no idea"]),
@@ -123,15 +122,10 @@ def test_math_verify_judges_answers_to_all_layouts(tmp_path: Path) -> None:
         "aime-text": (AIME_TEXT, [r"\boxed{36}", r"\boxed{36^\circ}"], [r"\boxed{63^\circ}"]),
         "dapo": (DAPO, ["17+17 is that.\nAnswer: 34", "Answer: $34$"], ["Answer: 35", "17 twice"]),
     }
-    rollouts, expected = [], []
+    data = DataConfig(source=source(tmp_path / "d.jsonl", GSM8K))
+    verifier = make_verifier(RewardConfig(type="math_verify"), data)
     for name, (row, right, wrong) in judged.items():
         found = only(tmp_path / f"{name}.jsonl", row)
-        prompt = Prompt(found.id, [1], "", found.answer, found.metadata)
         for text in [*right, *wrong]:
-            rollouts.append(Rollout(prompt, [1], [0.0], [0], "stop", text=text))
-            expected.append((name, text, float(text in right)))
-    data = DataConfig(source=source(tmp_path / "d.jsonl", GSM8K))
-    with RewardPool(RewardConfig(type="math_verify", timeout_s=60), data) as pool:
-        pool.score(rollouts)
-    scored = [(name, r.text, r.reward) for (name, _, _), r in zip(expected, rollouts, strict=True)]
-    assert scored == expected and not any(r.reward_error for r in rollouts)
+            scored = checked_reward(verifier, text, found.answer, found.metadata)
+            assert scored == (float(text in right), None), (name, text)

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,13 +184,26 @@ def test_gloo_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     fails(libraries.gloo(), "an all-reduce of 1 and 2 gave 2")
 
 
-def test_sglang_that_is_not_what_it_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sglangs_import_that_fails_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself: tests/slow/test_command_processes.py."""
+
+    def failed(command: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(returncode=1, stderr="Traceback:\nModuleNotFoundError: No module named 'sglang'\n")
+
+    def hangs(command: list[str], *, timeout: float, **_: Any) -> SimpleNamespace:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    fails(libraries.sglang(), "(ModuleNotFoundError: No module named 'sglang')", "make install")
+    monkeypatch.setattr(subprocess, "run", hangs)
+    fails(libraries.sglang(), "did not end within", "slow")
+
+
+def test_an_argument_that_sglang_does_not_have(tmp_path: Path) -> None:
     model = ensure_model("tiny_qwen3", tmp_path / "model")
     server = MINIMAL["rollout"] | {"server": {"args": {"chunked_prefil_size": 8}}}
     finding = libraries.sglang_arguments(config_of(model={"path": str(model)}, rollout=server))
     fails(finding, "chunked_prefil_size", "chunked_prefill_size")
-    monkeypatch.setattr(libraries, "_IMPORT_SGLANG", "import sglang_of_tomorrow")
-    fails(libraries.sglang(), "No module named 'sglang_of_tomorrow'", "make install")
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +223,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         "failed": 1,
     }
     assert run("configs/none.yaml")[0] == 2
-
-
-@pytest.mark.server
-def test_sglang_imports_in_a_process_of_its_own() -> None:
-    assert libraries.sglang().state == OK
 
 
 def test_a_configuration_of_the_repository_is_looked_at() -> None:

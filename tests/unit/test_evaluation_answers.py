@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from drpo_megatron.config import RunConfig, load_config
+from drpo_megatron.config.schema import DataConfig, RewardConfig
 from drpo_megatron.evaluation.answers import answer_set
 from drpo_megatron.evaluation.during_training import TrainingEvaluation, results_path
 from drpo_megatron.evaluation.sets import OpenSet, open_sets
+from drpo_megatron.records import Rollout
+from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
 from drpo_megatron.rollout import client as client_module
 from drpo_megatron.rollout.errors import GenerationError, ServerDied
 from tests.unit.test_rollout_client import inputs_of
@@ -46,7 +49,8 @@ class Scripted:
     api_key: str | None = None
     up: bool = True
     version: int = VERSION
-    delay_s: float = 0.0
+    release: threading.Event | None = None
+    """Until it is set, no request is answered."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
     def serving(self) -> int:
@@ -58,7 +62,9 @@ class Scripted:
     def answers(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         self.bodies.append(body)
         # the later in the set, the earlier it comes back
-        time.sleep(self.delay_s or 0.02 * (6 - len(self.bodies)) * (len(self.bodies) < 6))
+        time.sleep(0.02 * (6 - len(self.bodies)) * (len(self.bodies) < 6))
+        if self.release:
+            self.release.wait()
         texts = [chr(ids[0]) * 4 if number == 0 else "9999" for number, ids in enumerate(inputs_of(body))]
         return [
             {
@@ -73,9 +79,28 @@ class Scripted:
         ]
 
 
+class PoolOfNone:
+    """The verifiers of a RewardPool without its processes. With them: tests/e2e evaluates."""
+
+    def __init__(self, reward: RewardConfig, data: DataConfig) -> None:
+        self._verifier = make_verifier(reward, data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    async def score_async(self, rollouts: Sequence[Rollout]) -> None:
+        for rollout in rollouts:
+            of = rollout.prompt
+            rollout.reward, rollout.reward_error = checked_reward(self._verifier, rollout.text, of.answer, of.metadata)
+
+
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     scripted = Scripted()
+    monkeypatch.setattr("drpo_megatron.evaluation.answers.RewardPool", PoolOfNone)
     monkeypatch.setattr(client_module, "_BACKOFF_S", 0.01)
 
     class Handler(BaseHTTPRequestHandler):
@@ -143,10 +168,13 @@ def test_what_ends_an_evaluation(servers: Scripted) -> None:
     servers.version = VERSION + 1
     with pytest.raises(GenerationError, match="weights changed from version 5 to 6 during the evaluation"):
         answer_set(config, chosen, servers, Letters(), VERSION)
-    servers.version, servers.delay_s = VERSION, 3.0
-    start = time.monotonic()
+    servers.version, servers.release = VERSION, threading.Event()
+    backstop = threading.Timer(300, servers.release.set)
+    backstop.start()
     assert answer_set(config, chosen, servers, Letters(), VERSION, stopped=lambda: True) is None
-    assert time.monotonic() - start < 2.5
+    assert not servers.release.is_set(), "it waited for the answers"
+    backstop.cancel()
+    servers.release.set()
     servers.up = False
     with pytest.raises(ServerDied):
         answer_set(config, chosen, servers, Letters(), VERSION)

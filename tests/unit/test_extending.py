@@ -9,10 +9,8 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -24,12 +22,13 @@ import pytest
 import torch
 import yaml
 
+from drpo_megatron import cli
 from drpo_megatron.algorithms import LossInputs, evaluate, loss_parameters, make_loss
 from drpo_megatron.config.schema import DataConfig, RewardConfig, SyncConfig
 from drpo_megatron.data import load_prompts
 from drpo_megatron.models import families
-from drpo_megatron.records import Prompt, Rollout
-from drpo_megatron.rewards import RewardPool
+from drpo_megatron.records import Prompt
+from drpo_megatron.rewards.verifiers import checked_reward, make_verifier
 from drpo_megatron.sync.verify import ServerLayout, SyncMismatch
 from drpo_megatron.vocab_parallel import fused_policy_loss
 from tests.unit.test_turns import Letters, run, scripted
@@ -156,18 +155,15 @@ def test_the_loss_trains() -> None:
 # --- a reward, a data source, a rollout function ----------------------------------------------------------------------
 
 
-def test_the_reward_scores_in_the_pools_processes() -> None:
+def test_the_reward_scores() -> None:
+    """In the processes of a run's pool: tests/slow/test_extending_processes.py."""
     data = DataConfig.model_validate({"source": {"type": "function", "function": "my_data:products"}})
+    verifier = make_verifier(RewardConfig(type="function", function="my_rewards:short_and_right"), data)
     texts = {"12": 1.0, "= 12": 1.0, "so 12": 1 - 0.5 / 4, "so we get 12": 0.1, "13": 0.0, "": 0.0}
-    rollouts = [
-        Rollout(Prompt("p", [1], "3 * 4 =", "12", {"characters": 4}), [1], [0.0], [0], "stop", text=text)
-        for text in texts
-    ]
-    broken = Rollout(Prompt("q", [1], "3 * 4 =", "12", {}), [1], [0.0], [0], "stop", text="12")
-    with RewardPool(RewardConfig(type="function", function="my_rewards:short_and_right"), data) as pool:
-        pool.score([*rollouts, broken])
-    assert [r.reward for r in rollouts] == pytest.approx(list(texts.values()))
-    assert broken.reward == 0 and "KeyError" in (broken.reward_error or "")
+    scored = [checked_reward(verifier, text, "12", {"characters": 4}) for text in texts]
+    assert [reward for reward, _ in scored] == pytest.approx(list(texts.values()))
+    reward, error = checked_reward(verifier, "12", "12", {})
+    assert reward == 0 and "KeyError" in (error or "")
 
 
 def test_the_data_source_makes_prompts() -> None:
@@ -211,20 +207,22 @@ def test_the_policy_tries_again() -> None:
     assert len(run(handler, with_answer, max_new_tokens=8).rollouts) == len(asked) == 1
 
 
-def test_a_run_takes_all_of_them_from_the_working_directory(working_directory: Path) -> None:
-    """`drpo train --dry-run` of the quickstart with the page's settings, started where the modules lie."""
+def test_a_run_takes_all_of_them(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`drpo train --dry-run` of the quickstart with the page's settings."""
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     for block in blocks("yaml"):
         for section, values in yaml.safe_load(block).items():
             settings[section] |= values
     (working_directory / "mine.yaml").write_text(yaml.safe_dump(settings))
-    # -P: the console script does not have the working directory in its path either
-    command = [sys.executable, "-P", "-m", "drpo_megatron.cli", "train", "mine.yaml", "--dry-run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=working_directory, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(working_directory)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "mine.yaml", "--dry-run"])
+    said = capsys.readouterr()
+    assert not ended.value.code, said.err
     for name in ("my_losses:drpo_two_sided", "my_rewards:short_and_right", "my_data:products", "my_rollouts:try_again"):
-        assert name in done.stdout
+        assert name in said.out
 
 
 # --- a family ---------------------------------------------------------------------------------------------------------

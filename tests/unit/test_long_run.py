@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +48,3 @@ def test_files_that_grow_faster_than_the_steps() -> None:
     assert rows[-1] == "| `log/rank_0.log` | 100 | 49,000 |" and not grew
     squared = [look(step, log=step**2) for step in range(0, 500, 10)]
     assert "log/rank_0.log" in long_run.file_table(squared)[1][0]
-
-
-def test_a_look_at_a_process() -> None:
-    code = "import threading, sys; threading.Thread(target=sys.stdin.read).start(); print(1, flush=True)"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdout.readline()
-        seen = long_run.look_at(process.pid)
-        assert process.pid in long_run.family(os.getpid())
-        process.stdin.close()
-    assert (
-        seen["threads"] == 2 and seen["handles"] >= 3 and 2**20 < seen["rss"] < 2**30 and "threading" in seen["command"]
-    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from drpo_megatron.config import load_config
@@ -21,6 +22,7 @@ from launch.cluster import ClusterConfig
 from launch.slurm import Job, render
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 300.0
 _SRUN = """#!/bin/bash
 what="${@: -1}"
 echo "$*" >>"$CALLS"
@@ -42,10 +44,22 @@ class Outcome:
     log: list[str]
     calls: str
     path: Path
+    session: int
 
-    def read(self) -> str:
-        """The log as it is now."""
+    def read_at_the_end(self) -> str:
+        """The log, once nothing of the script lives that could write into it."""
+        deadline = time.monotonic() + LIMIT_S
+        while any(_session(pid) == self.session for pid in psutil.pids()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         return self.path.read_text()
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @pytest.fixture
@@ -82,18 +96,21 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         try:
             if told:
                 (tmp_path / "training").unlink(missing_ok=True)
-                deadline = time.monotonic() + 20
-                while not (tmp_path / "training").exists() and time.monotonic() < deadline:
+                deadline = time.monotonic() + LIMIT_S
+                while not (tmp_path / "training").exists():
+                    assert process.poll() is None and time.monotonic() < deadline
                     time.sleep(0.05)
                 process.send_signal(signal.SIGUSR1)
-            code = process.wait(timeout=30)
+            code = process.wait(timeout=LIMIT_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         calls = tmp_path / "calls"
         log = state / "job.log"
-        return Outcome(code, log.read_text().splitlines(), calls.read_text() if calls.exists() else "", log)
+        return Outcome(
+            code, log.read_text().splitlines(), calls.read_text() if calls.exists() else "", log, process.pid
+        )
 
     return run
 
@@ -120,8 +137,7 @@ def test_servers_that_end_take_the_trainer_along(run_script: Run) -> None:
     late = "for i in $(seq 20); do command -p sleep 0.1; done; echo late"
     steps = f"serve) echo 'n1: no server' >$A/cause; exit 3 ;; train) {late} ;;"
     failed = run_script(steps, rollout={"nodes": 1})
-    time.sleep(3)
-    assert "late" not in failed.read()
+    assert "late" not in failed.read_at_the_end()
     assert failed.code == 1 and "srun of the servers ended with code 3: n1: no server" in failed.log[-1]
     assert "--het-group=1" in failed.calls and "--het-group=0" in failed.calls
 
@@ -154,7 +170,7 @@ def test_a_look_that_fails_without_a_bad_node(run_script: Run) -> None:
 
 def test_the_time_limit(run_script: Run, tmp_path: Path) -> None:
     """USR1 reaches the trainer's srun, which goes on; then the job is queued again, as often as the limit says."""
-    wait = f"touch {tmp_path}/training; for i in $(seq 200); do command -p sleep 0.1; done"
+    wait = f"touch {tmp_path}/training; for i in $(seq 3000); do command -p sleep 0.1; done"
     steps = f"train) trap 'echo saved >$A/again; exit 0' USR1; {wait}; exit 5 ;;"
     for number in (1, 2):
         queued = run_script(steps, told=True)

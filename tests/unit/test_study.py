@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ import scipy.stats
 
 from drpo_megatron.bench import fp8
 from drpo_megatron.config import ConfigError
-from drpo_megatron.study import grid, outcome, records, report, worker
+from drpo_megatron.study import grid, outcome, records, report
 from drpo_megatron.study.grid import Cell, Job, Study
 from drpo_megatron.study.outcome import outcome_of
 from drpo_megatron.study.page import write_page
@@ -384,19 +383,6 @@ def test_a_delta_is_named_best_only_with_those_it_is_not_told_apart_from() -> No
     ]
     text = "\n".join(report._delta_table(Results(runs, UPDATES)))
     assert "δ = 0.6 has the highest final reward; not told apart from it: 0.15." in text
-
-
-def test_a_run_does_not_begin_without_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker was killed between its fork and what ties the two together."""
-    begun = tmp_path / "begun"
-    monkeypatch.setattr(worker.importlib, "import_module", lambda name: begun.touch())
-    for parent, begins in ((os.getpid(), True), (os.getpid() + 1, False)):
-        child = os.fork()
-        if child == 0:
-            worker._train(tmp_path, parent)
-        os.waitpid(child, 0)
-        assert begun.exists() == begins
-        begun.unlink(missing_ok=True)
 
 
 def test_pictures_and_page(tmp_path: Path) -> None:

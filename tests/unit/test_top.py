@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -158,17 +155,3 @@ def test_before_the_first_step_and_after_the_last(run: Path) -> None:
 def test_a_directory_without_a_run(tmp_path: Path, once: Callable[..., tuple[int, str, str]]) -> None:
     code, _, errors = once(tmp_path, "--once")
     assert code == EXIT_REFUSED and "holds no run" in errors and "runs/NAME" in errors
-
-
-def test_it_needs_no_torch(run: Path) -> None:
-    code = f"""
-import sys
-from drpo_megatron import cli
-try:
-    cli.main(["top", {str(run)!r}])
-except SystemExit:
-    pass
-print("torch" in sys.modules)
-"""
-    done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False", "a frame, as into a pipe, and it ends"
