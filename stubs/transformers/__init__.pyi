@@ -3,12 +3,12 @@ from typing import Any
 
 import torch
 
-class PretrainedConfig: ...
+class PreTrainedConfig: ...
 
-class Qwen3Config(PretrainedConfig):
+class Qwen3Config(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None: ...
 
-class Qwen3MoeConfig(PretrainedConfig):
+class Qwen3MoeConfig(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None: ...
 
 class PreTrainedModel(torch.nn.Module):
@@ -33,11 +33,11 @@ class PreTrainedTokenizerFast:
 
 class AutoConfig:
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> PretrainedConfig: ...
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> PreTrainedConfig: ...
 
 class AutoModelForCausalLM:
     @classmethod
-    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel: ...
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel: ...
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel: ...
 

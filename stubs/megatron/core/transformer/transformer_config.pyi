@@ -104,4 +104,4 @@ class MLATransformerConfig(TransformerConfig):
     beta_fast: float = 32
     beta_slow: float = 1
     mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: float = 0.0
