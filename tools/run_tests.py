@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
         (sys.executable, "-m", "ruff", "format", "--quiet", "--check", "."),
         (sys.executable, "-m", "mypy"),
     ),
-    "unit": ((*PYTEST, "tests/unit", "--numprocesses", "2", "--dist", "worksteal"),),
+    "unit": ((*PYTEST, "tests/unit", "--numprocesses", "2", "--dist", "loadfile"),),
     "ranks": ((*PYTEST, "tests/ranks"),),
     "server": ((*PYTEST, "tests/server"),),
     "e2e": ((*PYTEST, "tests/e2e"),),
