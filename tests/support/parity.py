@@ -23,7 +23,7 @@ from drpo_megatron.training.packing import TrainSequence
 from tests.support import tiny_models
 from tests.support.pool import LIMIT_S
 from tests.support.references import Reference
-from tests.support.updates import DELTA, TEMPERATURE, run_config
+from tests.support.updates import DELTA, TEMPERATURE, run_config, short_answers
 
 UPDATES = 3
 MEASURES = ("loss", "gradient norm", "log-probs", "parameters")
@@ -195,26 +195,6 @@ def make_updates(model: torch.nn.Module, hf: HFModelConfig, count: int = UPDATES
                 )
         updates.append(sequences)
     return updates
-
-
-def short_answers(number: int) -> list[TrainSequence]:
-    """Of five positions, padded to eight for two context-parallel ranks, the fourth and fifth are sampled: rank 1
-    holds both.
-    """
-    rng = np.random.default_rng(100 + number)
-    return [
-        TrainSequence(
-            # Token 0 is the padding token, to which transformers gives no gradient.
-            token_ids_L=rng.integers(3, tiny_models.VOCAB_SIZE, 6).astype(np.int32),
-            sampled_L=np.arange(6) >= 4,
-            logmu_L=(-rng.uniform(4, 8, 6) * (np.arange(6) >= 4)).astype(np.float32),
-            version_L=np.zeros(6, dtype=np.int32),
-            advantage=float(rng.normal()),
-            weight=1 / 8,
-            row=row,
-        )
-        for row in range(4)
-    ]
 
 
 def sequences_of(case: Case, updates: Updates) -> Updates:

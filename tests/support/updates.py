@@ -9,6 +9,7 @@ import numpy as np
 
 from drpo_megatron.config.schema import RunConfig
 from drpo_megatron.training.packing import TrainSequence
+from tests.support.tiny_models import VOCAB_SIZE
 
 TEMPERATURE, DELTA, LR, CLIP = 0.7, 0.3, 1e-2, 0.5
 # Adam's first step is lr·g/(|g| + eps): with the usual tiny eps it is the sign of the gradient, and rounding in a
@@ -56,3 +57,23 @@ def make_sequences(vocab_size: int) -> list[TrainSequence]:
             )
         )
     return sequences
+
+
+def short_answers(number: int) -> list[TrainSequence]:
+    """Of five positions, padded to eight for two context-parallel ranks, the fourth and fifth are sampled: rank 1
+    holds both.
+    """
+    rng = np.random.default_rng(100 + number)
+    return [
+        TrainSequence(
+            # Token 0 is the padding token, to which transformers gives no gradient.
+            token_ids_L=rng.integers(3, VOCAB_SIZE, 6).astype(np.int32),
+            sampled_L=np.arange(6) >= 4,
+            logmu_L=(-rng.uniform(4, 8, 6) * (np.arange(6) >= 4)).astype(np.float32),
+            version_L=np.zeros(6, dtype=np.int32),
+            advantage=float(rng.normal()),
+            weight=1 / 8,
+            row=row,
+        )
+        for row in range(4)
+    ]
